@@ -1,0 +1,11 @@
+from . import callbacks as callbacks
+from . import cli as cli
+from . import cpu_kernels as cpu_kernels
+from . import data as data
+from . import models as models
+from . import optim as optim
+from . import registry as registry
+from . import testing as testing
+from . import triton_kernels as triton_kernels
+
+__version__: str

@@ -1,0 +1,1 @@
+"""Ready-made runs: LightningCLI configs, one file a recipe."""
