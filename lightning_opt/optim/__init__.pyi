@@ -1,0 +1,1 @@
+from .adabelief import AdaBelief as AdaBelief

@@ -1,0 +1,470 @@
+"""The base of our optimizers: torch.optim conventions, state that keeps its dtype, one update on several backends."""
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from types import SimpleNamespace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer as TorchOptimizer
+from torch.optim.optimizer import ParamsT
+
+from lightning_opt import cpu_kernels, triton_kernels
+from lightning_opt._checks import check_choice, check_interval
+
+from ._rounding import store, stream
+from ._tensor_list import TensorList
+
+StateDtype = Literal["float32", "bfloat16"]
+Scalar = float | Tensor | TensorList
+"""A number of one step: a float, a 0-dim tensor, a vector with one value a tensor, or a list of 0-dim tensors."""
+
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+class Optimizer(TorchOptimizer):
+    """torch.optim.Optimizer with what every optimizer of this package promises.
+
+    A subclass gives ``validate`` (wrong values of a group), ``state_names`` and ``coefficients`` (the numbers of a step), and
+    ``update`` (the mathematics, in place, in plain torch); ``fused_kernel`` names its fused twin. This class does the rest:
+    closures, groups, missing, sparse and complex gradients, ``maximize``, ``foreach``, ``fused``, ``capturable`` and
+    ``differentiable``, low-precision parameters and states, stochastic rounding.
+
+    State of a bfloat16 or float16 parameter is float32 unless ``state_dtype`` says otherwise, and ``load_state_dict`` keeps
+    the dtype that was saved (torch casts it to the parameter's, pytorch/pytorch#43706).
+
+    Args:
+        params: Parameters, named parameters or groups, as everywhere in torch.optim.
+        defaults: The method's own options; each may be set per group.
+        maximize: Ascend instead of descend.
+        foreach: Use ``torch._foreach_*`` (True), or a loop over tensors (False).
+        fused: Use the fused kernel: None where it supports the tensors at hand, True always (or raise), False never.
+            On CPU tensors that is the compiled CPU kernel, on CUDA tensors the Triton kernel.
+        capturable: Keep the step count on the parameter's device and never wait for the device, for CUDA graphs.
+        differentiable: Let autograd go through the step.
+        state_dtype: dtype of the state tensors, or a dict with one per state name; None is float32 for low-precision
+            parameters and the parameter's dtype otherwise.
+        stochastic_rounding: Round bfloat16 parameters and states stochastically, with bits that depend on the step, the tensor
+            and the element only.
+
+    Raises:
+        ValueError: If an option is out of range (naming it), options exclude each other, or there are no parameters.
+        RuntimeError: In ``step``, if a gradient is sparse; or if ``fused=True`` cannot be honoured.
+    """
+
+    state_names: ClassVar[tuple[str, ...]] = ()
+    counts_steps: ClassVar[bool] = True
+    """Whether the update depends on the number of the step; ``step`` is then part of the state."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        state_dtype: StateDtype | dict[str, StateDtype] | None = None,
+        stochastic_rounding: bool = False,
+    ) -> None:
+        options: dict[str, Any] = {
+            "maximize": maximize,
+            "foreach": foreach,
+            "fused": fused,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "state_dtype": state_dtype,
+            "stochastic_rounding": stochastic_rounding,
+        }
+        self._update_pre_hooks: dict[int, Callable[[Any], None]] = {}
+        super().__init__(params, {**defaults, **options})
+
+    # --- what a method gives ---------------------------------------------------------------------------------------
+
+    def validate(self, group: dict[str, Any]) -> None:
+        """Raise ValueError if a value of this group is wrong."""
+
+    def states_of(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Names of the state tensors that this group's options need."""
+        return self.state_names
+
+    def coefficients(self, step: Any, lr: Any, group: dict[str, Any]) -> dict[str, Any]:
+        """The numbers of one step, computed alike from a float, a tensor or a :class:`TensorList` of steps.
+
+        Args:
+            step: Number of the step, from 1.
+            lr: Learning rate.
+            group: The parameter group.
+        """
+        raise NotImplementedError
+
+    def flags(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Options that choose between forms of the update; keyword arguments of ``update`` and of the fused kernel."""
+        return {}
+
+    @staticmethod
+    def update(p: Any, g: Any, state: Any, c: Any, **flags: Any) -> None:
+        """The update of one tensor, or of a :class:`TensorList`, in place: the specification that kernels are held to.
+
+        Args:
+            p: Parameter.
+            g: Its gradient (of the loss to be minimised); not changed.
+            state: Namespace with one tensor for each state name.
+            c: Namespace with the coefficients of this step.
+            **flags: As :meth:`flags` returns.
+        """
+        raise NotImplementedError
+
+    def fused_kernel(self, group: dict[str, Any]) -> str | None:
+        """Name of the kernel in ``cpu_kernels`` and ``triton_kernels``, or None if these options have none."""
+        return None
+
+    def statistics(self, loss: Tensor | None = None) -> dict[str, Tensor]:
+        """What the method lets a user watch: 0-dim tensors, without waiting for the device.
+
+        Args:
+            loss: Loss of the last batch, where a quantity needs it.
+        """
+        return {}
+
+    def diagnose(self, statistics: dict[str, float], step: int) -> str | None:
+        """A warning if the statistics of a logged step show that the method has degenerated, else None."""
+        return None
+
+    @classmethod
+    def param_groups_for(cls, module: nn.Module) -> list[dict[str, Any]]:
+        """Parameter groups of a module: no weight decay on biases, norms and other parameters of fewer than two dimensions.
+
+        Args:
+            module: Any module; parameters that do not require gradients are left out.
+
+        Returns:
+            One or two groups of named parameters.
+
+        Example:
+            >>> from lightning_opt.optim import AdaBelief
+            >>> groups = AdaBelief.param_groups_for(nn.Linear(3, 2))
+            >>> [([name for name, _ in group["params"]], group.get("weight_decay")) for group in groups]
+            [(['weight'], None), (['bias'], 0.0)]
+        """
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        groups = [
+            {"params": [(name, p) for name, p in named if p.ndim > 1]},
+            {"params": [(name, p) for name, p in named if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]
+
+    # --- torch.optim -----------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in torch.optim.
+
+        Raises:
+            ValueError: If one of its values is wrong; the group is then not added.
+        """
+        super().add_param_group(param_group)
+        try:
+            self._validate_options(self.param_groups[-1])
+            self.validate(self.param_groups[-1])
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def register_update_pre_hook(self, hook: Callable[[Any], None]) -> Callable[[], None]:
+        """Call ``hook(optimizer)`` in every step after the closure and before the update, when gradients are final.
+
+        torch's own ``register_step_pre_hook`` fires before the closure, when they are those of the step before.
+
+        Returns:
+            A function that removes the hook. Hooks are not pickled.
+        """
+        key = max(self._update_pre_hooks, default=0) + 1
+        self._update_pre_hooks[key] = hook
+        return lambda: self._update_pre_hooks.pop(key, None) and None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_update_pre_hooks": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_update_pre_hooks", {})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict and keep the dtype of every state tensor as it was saved.
+
+        Args:
+            state_dict: What ``state_dict()`` of an optimizer of the same class returned, on any device and backend.
+        """
+        super().load_state_dict(state_dict)
+        saved = itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        own = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
+        of_parameter = dict(zip(own, saved, strict=True))
+        for p, state in self.state.items():
+            entry = state_dict["state"].get(of_parameter.get(p), {})
+            for name, value in entry.items():
+                if isinstance(value, Tensor):
+                    device = torch.device("cpu") if name == "step" and not self._group_of(p)["capturable"] else p.device
+                    state[name] = value.detach().to(device, copy=True)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step.
+
+        Args:
+            closure: Re-evaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned, else None.
+
+        Raises:
+            RuntimeError: If a gradient is sparse, or ``fused=True`` cannot be honoured for a tensor.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for hook in list(self._update_pre_hooks.values()):
+            hook(self)
+        first = 0
+        for group in self.param_groups:
+            with torch.set_grad_enabled(group["differentiable"]):
+                for key, batch in self._batches(group, first).items():
+                    self._step_batch(group, key[0], batch)
+            first += len(group["params"])
+        return loss
+
+    # --- one step --------------------------------------------------------------------------------------------------
+
+    def init_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """The state of a parameter before its first step: zeros."""
+        state: dict[str, Tensor] = {}
+        if self.counts_steps or group["stochastic_rounding"]:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if group["capturable"] else "cpu")
+        for name in self.states_of(group):
+            state[name] = torch.zeros_like(
+                p, dtype=_state_dtype(p, group["state_dtype"], name), memory_format=torch.preserve_format
+            )
+        return state
+
+    def _batches(self, group: dict[str, Any], first: int) -> dict[tuple[Any, ...], "_Batch"]:
+        """The tensors of a group with a gradient, by device and dtypes."""
+        names = self.states_of(group)
+        batches: dict[tuple[Any, ...], _Batch] = {}
+        for number, p in enumerate(group["params"], first):
+            g = p.grad
+            if g is None:
+                continue
+            if g.layout is not torch.strided:
+                raise RuntimeError(
+                    f"{type(self).__name__} does not support sparse gradients"
+                    f"{_naming(group, p)}: use torch.optim.SparseAdam for that parameter, or sparse=False in its layer"
+                )
+            state = self.state[p]
+            if not state:
+                state.update(self.init_state(p, group))
+            tensors = [state[name] for name in names]
+            key = (p.device, p.dtype, g.dtype, *[t.dtype for t in tensors])
+            batch = batches.get(key)
+            if batch is None:
+                batch = batches[key] = _Batch(names)
+            batch.add(number, p, g, tensors, state)
+        return batches
+
+    def _step_batch(self, group: dict[str, Any], device: torch.device, batch: "_Batch") -> None:
+        if batch.steps:
+            torch._foreach_add_(batch.steps, 1)
+        if torch.is_complex(batch.params[0]):
+            batch = batch.as_real()
+        kernels = self._kernels(group, device, batch.params[0].dtype)
+        if kernels is not None:
+            self._step_fused(kernels, group, batch)
+        elif group["differentiable"]:
+            self._step_reference(group, batch, foreach=False)
+        else:
+            foreach = group["foreach"]
+            self._step_reference(group, batch, foreach=device.type == "cuda" if foreach is None else foreach)
+
+    def _kernels(self, group: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
+        """The package of fused kernels to use for these tensors, or None."""
+        fused = group["fused"]
+        if fused is False or group["differentiable"] or (fused is None and group["foreach"] is not None):
+            return None
+        package = {"cpu": cpu_kernels, "cuda": triton_kernels}.get(device.type)
+        if self.fused_kernel(group) is None:
+            reason = "these options have no fused kernel"
+        elif package is None:
+            reason = f"there is no fused kernel for device {device}"
+        else:
+            reason = package.unsupported(dtype)
+            if reason is None:
+                return package
+        if fused:
+            raise RuntimeError(
+                f"{type(self).__name__}(fused=True) cannot be honoured: {reason}; use fused=None or False"
+            )
+        return None
+
+    def _step_fused(self, kernels: Any, group: dict[str, Any], batch: "_Batch") -> None:
+        lr = group["lr"]
+        if group["capturable"]:
+            step: Any = torch.stack(batch.steps).double() if batch.steps else 0.0
+            lr = lr.double() if isinstance(lr, Tensor) else lr
+        else:
+            steps = torch.stack(batch.steps).double() if batch.steps else torch.zeros(1, dtype=torch.float64)
+            same = bool((steps == steps[0]).all())
+            step, lr = (steps[0].item() if same else steps), float(lr)
+        coefficients = {"step": step, **self.coefficients(step, lr, group)}
+        kernels.launch(
+            self.fused_kernel(group),
+            batch.params,
+            batch.grads,
+            batch.states,
+            coefficients,
+            flags=self.flags(group),
+            maximize=group["maximize"],
+            stochastic_rounding=group["stochastic_rounding"],
+            numbers=batch.numbers,
+        )
+
+    def _step_reference(self, group: dict[str, Any], batch: "_Batch", *, foreach: bool) -> None:
+        flags = self.flags(group)
+        lr = group["lr"]
+        stays_on_device = group["capturable"] or group["differentiable"]
+        if isinstance(lr, Tensor) and not stays_on_device:
+            lr = lr.item()
+        steps: list[Any] = [s.double() if stays_on_device else s.item() for s in batch.steps]
+        steps = steps or [0.0] * len(batch.params)
+        if foreach:
+            for step, chosen in _by_step(steps).items():
+                tensors = TensorList(steps) if step is None else step
+                c = SimpleNamespace(**self.coefficients(tensors, lr, group))
+                self._update_tensors(group, batch, chosen, steps, c, flags, TensorList)
+            return
+        computed: dict[Any, SimpleNamespace] = {}
+        for i, step in enumerate(steps):
+            key = id(step) if isinstance(step, Tensor) else step
+            if key not in computed:
+                computed[key] = SimpleNamespace(**self.coefficients(step, lr, group))
+            self._update_tensors(group, batch, [i], steps, computed[key], flags, lambda tensors: tensors[0])
+
+    def _update_tensors(
+        self,
+        group: dict[str, Any],
+        batch: "_Batch",
+        chosen: list[int],
+        steps: list[Any],
+        c: SimpleNamespace,
+        flags: dict[str, Any],
+        as_operand: Callable[[list[Tensor]], Any],
+    ) -> None:
+        """Run the reference on some tensors of a batch, low precision computed in float32 and rounded once."""
+        params = [batch.params[i] for i in chosen]
+        grads = [batch.grads[i] for i in chosen]
+        dtype = torch.float32 if params[0].dtype in _LOW_PRECISION else params[0].dtype
+        work = [p.to(dtype) for p in params]
+        g = [(-x if group["maximize"] else x).to(dtype) for x in grads]
+        states = {name: [tensors[i] for i in chosen] for name, tensors in batch.states.items()}
+        if group["differentiable"]:  # autograd must find the old values as they were
+            states = {name: [t.clone() for t in tensors] for name, tensors in states.items()}
+        worked = {name: [t.to(dtype) for t in tensors] for name, tensors in states.items()}
+        self.update(
+            as_operand(work),
+            as_operand(g),
+            SimpleNamespace(**{name: as_operand(tensors) for name, tensors in worked.items()}),
+            c,
+            **flags,
+        )
+        for slot, (tensors, results) in enumerate(
+            [(params, work), *zip(states.values(), worked.values(), strict=True)]
+        ):
+            for i, target, value in zip(chosen, tensors, results, strict=True):
+                if value is not target:
+                    key = stream(steps[i], batch.numbers[i], slot) if group["stochastic_rounding"] else None
+                    store(target, value, key)
+        if group["differentiable"]:
+            for name, tensors in states.items():
+                for i, tensor in zip(chosen, tensors, strict=True):
+                    batch.entries[i][name] = tensor
+
+    # --- helpers ---------------------------------------------------------------------------------------------------
+
+    def _validate_options(self, group: dict[str, Any]) -> None:
+        check_interval("lr", group["lr"], 0.0)
+        if group["foreach"] and group["fused"]:
+            raise ValueError("foreach=True and fused=True exclude each other: set one of them")
+        if group["differentiable"] and (group["foreach"] or group["fused"]):
+            raise ValueError(
+                "differentiable=True needs foreach and fused unset: only the reference can be differentiated"
+            )
+        dtypes = group["state_dtype"]
+        for name, dtype in dtypes.items() if isinstance(dtypes, Mapping) else [("", dtypes)]:
+            if name:
+                check_choice("a key of state_dtype", name, self.states_of(group))
+            if dtype is not None:
+                check_choice("state_dtype", dtype, ["float32", "bfloat16"])
+        for p in group["params"]:
+            if not (p.is_floating_point() or p.is_complex()):
+                raise ValueError(
+                    f"{type(self).__name__} needs floating-point parameters, got {p.dtype}{_naming(group, p)}"
+                )
+            if group["fused"]:
+                self._kernels(group, p.device, p.real.dtype if p.is_complex() else p.dtype)
+
+    def _group_of(self, parameter: Tensor) -> dict[str, Any]:
+        return next(group for group in self.param_groups if any(p is parameter for p in group["params"]))
+
+
+class _Batch:
+    """Tensors of one group that are updated together: parallel lists."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.numbers: list[int] = []  # of the parameter in the optimizer, keys the random bits
+        self.params: list[Tensor] = []
+        self.grads: list[Tensor] = []
+        self.states: dict[str, list[Tensor]] = {name: [] for name in names}
+        self.steps: list[Tensor] = []
+        self.entries: list[dict[str, Tensor]] = []
+
+    def add(self, number: int, p: Tensor, g: Tensor, tensors: list[Tensor], entry: dict[str, Tensor]) -> None:
+        self.numbers.append(number)
+        self.params.append(p)
+        self.grads.append(g)
+        for column, tensor in zip(self.states.values(), tensors, strict=True):
+            column.append(tensor)
+        if "step" in entry:
+            self.steps.append(entry["step"])
+        self.entries.append(entry)
+
+    def as_real(self) -> "_Batch":
+        """The same tensors with complex numbers seen as pairs of real ones."""
+        real = _Batch(self.states)
+        real.numbers, real.steps, real.entries = self.numbers, self.steps, self.entries
+        real.params = [torch.view_as_real(p) for p in self.params]
+        real.grads = [torch.view_as_real(g) for g in self.grads]
+        real.states = {name: [torch.view_as_real(t) for t in column] for name, column in self.states.items()}
+        return real
+
+
+def _by_step(steps: list[Any]) -> dict[Any, list[int]]:
+    """Positions by number of the step; under None where the numbers stay on the device."""
+    chosen: dict[Any, list[int]] = {}
+    for i, step in enumerate(steps):
+        chosen.setdefault(None if isinstance(step, Tensor) else step, []).append(i)
+    return chosen
+
+
+def _state_dtype(p: Tensor, option: Any, name: str) -> torch.dtype:
+    wanted = option.get(name) if isinstance(option, Mapping) else option
+    if p.is_complex():
+        return p.dtype
+    if wanted is None:
+        return torch.float32 if p.dtype in _LOW_PRECISION else p.dtype
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
+
+
+def _naming(group: dict[str, Any], parameter: Tensor) -> str:
+    """`` (parameter 'name')`` where the group knows names."""
+    names = group.get("param_names") or []
+    return next((f" (parameter {n!r})" for n, p in zip(names, group["params"], strict=True) if p is parameter), "")
