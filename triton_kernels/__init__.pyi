@@ -1,0 +1,1 @@
+from ._support import unsupported as unsupported
