@@ -1,0 +1,147 @@
+"""The one launcher of the fused CPU kernels."""
+
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_opt._layout import stage
+
+_DTYPES = {torch.float32: "float32", torch.float64: "float64"}
+_ELEMENTS_A_THREAD = 1 << 15  # fewer are not worth waking a thread
+
+
+def unsupported(dtype: torch.dtype) -> str | None:
+    """Why parameters of this dtype have no fused CPU kernel, or None if they have.
+
+    Example:
+        >>> unsupported(torch.float32), unsupported(torch.float16)
+        (None, 'the CPU kernels support float32 and float64, not float16')
+    """
+    if dtype in _DTYPES:
+        return None
+    return f"the CPU kernels support float32 and float64, not {str(dtype).removeprefix('torch.')}"
+
+
+def launch(
+    name: str,
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: dict[str, list[Tensor]],
+    coefficients: dict[str, Any],
+    *,
+    flags: dict[str, Any],
+    maximize: bool = False,
+    stochastic_rounding: bool = False,
+    numbers: Sequence[int] = (),
+) -> None:
+    """Update all tensors in place, in one pass over memory, on up to ``torch.get_num_threads()`` threads.
+
+    Args:
+        name: Method: a module of this package with a function of that name.
+        params: Parameters, of one dtype.
+        grads: Their gradients, of one dtype and the same shapes; not changed.
+        states: For each state its tensors, of one dtype.
+        coefficients: Numbers of this step, each a float or a float64 vector with one value a tensor. ``"step"`` is one.
+        flags: Options of the method that are compiled in.
+        maximize: Negate the gradients.
+        stochastic_rounding: Round bfloat16 results stochastically.
+        numbers: Numbers of the parameters in the optimizer, the keys of the random bits; needed with
+            ``stochastic_rounding``.
+
+    Raises:
+        TypeError: If a dtype is not supported.
+        ValueError: If the tensors that belong together differ in dtype, device or size.
+        RuntimeError: If a tensor to be written overlaps itself.
+
+    Cost:
+        The first call for a method, its flags and dtypes compiles for about a second.
+    """
+    if not params:
+        return
+    params, written, [grads], back = stage(params, list(states.values()), [grads])
+    columns = [params, grads, *written]
+    kernel = _kernel(
+        name,
+        tuple(flags.items()),
+        tuple(states),
+        tuple(coefficients),
+        tuple(map(_dtype, columns)),
+        maximize,
+        stochastic_rounding,
+    )
+    starts = [0, *np.cumsum(_sizes(columns)).tolist()]
+    addresses = np.array([[t.data_ptr() for t in column] for column in columns]).T.copy()
+    rows, per_tensor = _rows(coefficients, len(params), np.float64 if params[0].dtype == torch.float64 else np.float32)
+    keys = _keys(rows, coefficients["step"], numbers, len(columns)) if stochastic_rounding else addresses
+    bounds = np.array(starts)
+    tables = (addresses.ctypes.data, bounds.ctypes.data, rows.ctypes.data, per_tensor, keys.ctypes.data)
+
+    def piece(begin: int, end: int) -> None:
+        kernel(*tables, bisect_right(starts, begin) - 1, begin, end)
+
+    _in_pieces(piece, starts[-1])
+    for tensor, copy in back:
+        tensor.detach().copy_(copy)
+
+
+@cache
+def _kernel(*key: Any) -> Callable[..., None]:
+    from ._compile import compiled  # imports numba: half a second, only where a kernel runs
+
+    return compiled(*key)
+
+
+def _dtype(column: list[Tensor]) -> str:
+    dtypes = {t.dtype for t in column}
+    if len(dtypes) > 1 or not all(t.is_cpu for t in column):
+        raise ValueError(f"tensors of one call must share their dtype and lie on the CPU, got {dtypes}")
+    (dtype,) = dtypes
+    reason = unsupported(dtype)
+    if reason:
+        raise TypeError(reason)
+    return _DTYPES[dtype]
+
+
+def _sizes(columns: list[list[Tensor]]) -> list[int]:
+    sizes = list(map(Tensor.numel, columns[0]))
+    for column in columns[1:]:
+        if list(map(Tensor.numel, column)) != sizes:
+            raise ValueError("gradients and states must have the shapes of their parameters")
+    return sizes
+
+
+def _rows(coefficients: dict[str, Any], count: int, dtype: Any) -> tuple[np.ndarray, bool]:
+    """The coefficients as one row for all tensors, or a row for each."""
+    per_tensor = any(isinstance(value, Tensor) and value.ndim for value in coefficients.values())
+    rows = np.empty((count if per_tensor else 1, len(coefficients)), dtype)
+    for k, value in enumerate(coefficients.values()):
+        rows[:, k] = value
+    return rows, per_tensor
+
+
+def _keys(rows: np.ndarray, step: Any, numbers: Sequence[int], slots: int) -> np.ndarray:
+    from ._bits import mix
+
+    raise NotImplementedError
+
+
+def _in_pieces(function: Callable[[int, int], None], size: int) -> None:
+    """Call ``function(begin, end)`` on consecutive pieces of ``range(size)``, in parallel where that pays."""
+    count = min(torch.get_num_threads(), max(1, size // _ELEMENTS_A_THREAD))
+    bounds = [size * k // count // 64 * 64 for k in range(count)] + [size]
+    others = [_pool(os.getpid()).submit(function, *bounds[k : k + 2]) for k in range(1, count)]
+    function(bounds[0], bounds[1])
+    for other in others:
+        other.result()
+
+
+@cache
+def _pool(process: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1), thread_name_prefix="lightning_opt")
