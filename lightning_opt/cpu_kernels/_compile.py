@@ -14,6 +14,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from ._bits import narrow, narrow_stochastically, widen
+
 _TYPES = {"float32": types.float32, "float64": types.float64, "bfloat16": types.uint16}
 _OPTIONS = {"nogil": True, "error_model": "numpy"}  # Python's checks of divisors would prevent vectorization
 
@@ -34,6 +36,7 @@ def compiled(
     update = numba.njit(method(**dict(flags)), **_OPTIONS)
     row_of_addresses = _row(types.UniTuple(types.int64, len(dtypes)))
     row_of_coefficients = _row(types.NamedUniTuple(work, len(coefficients), Coefficients))
+    row_of_keys = _row(types.UniTuple(types.uint32, len(dtypes)))
     load, store = _load(dtypes, types.NamedUniTuple(work, len(dtypes), Slots)), _store(dtypes, work)
 
     def kernel(addresses, starts, coefficients, per_tensor, keys, tensor, begin, end):
@@ -41,10 +44,11 @@ def compiled(
             start, stop = item(starts, tensor), item(starts, tensor + 1)
             slots = row_of_addresses(addresses, tensor)
             c = row_of_coefficients(coefficients, tensor * per_tensor)
+            key = row_of_keys(keys, tensor) if stochastic_rounding else None
             for i in range(begin - start, min(end, stop) - start):
                 old = load(slots, i)
                 g = -old.g if maximize else old.g
-                store(slots, i, update(old.p, g, old, c))
+                store(slots, i, update(old.p, g, old, c), key)
             begin = stop
             tensor += 1
 
@@ -87,6 +91,9 @@ def _load(dtypes, result):
                 stored = _TYPES[dtype]
                 pointer = _pointer(builder, builder.extract_value(args[0], k), context.get_value_type(stored), args[1])
                 value = _annotate(builder.load(pointer), builder.module, k, len(dtypes))
+                if dtype == "bfloat16":
+                    value = context.compile_internal(builder, widen, types.float32(stored), [value])
+                    stored = types.float32
                 values.append(context.cast(builder, value, stored, result.dtype))
             return context.make_tuple(builder, result, values)
 
@@ -96,22 +103,30 @@ def _load(dtypes, result):
 
 
 def _store(dtypes, work):
-    """A function ``(slots, i, (p, *states))`` that writes element i of every slot but the gradient."""
+    """A function ``(slots, i, (p, *states), key)`` that writes element i of every slot but the gradient."""
 
     @intrinsic
-    def store(typingctx, slots, i, new):
+    def store(typingctx, slots, i, new, key):
         if tuple(new) != (work,) * (len(dtypes) - 1):
             raise TypeError(f"an update must return the parameter and all states as {work}, got {new}")
 
         def codegen(context, builder, signature, args):
             for n, k in enumerate([0, *range(2, len(dtypes))]):
                 stored = _TYPES[dtypes[k]]
-                value = context.cast(builder, builder.extract_value(args[2], n), work, stored)
+                value = builder.extract_value(args[2], n)
+                if dtypes[k] != "bfloat16":
+                    value = context.cast(builder, value, work, stored)
+                elif key == types.none or work == types.float64:
+                    value = context.compile_internal(builder, narrow, stored(work), [value])
+                else:
+                    bits = builder.extract_value(args[3], k)
+                    signature = stored(work, types.uint32, types.int64)
+                    value = context.compile_internal(builder, narrow_stochastically, signature, [value, bits, args[1]])
                 pointer = _pointer(builder, builder.extract_value(args[0], k), context.get_value_type(stored), args[1])
                 _annotate(builder.store(value, pointer), builder.module, k, len(dtypes))
             return context.get_dummy_value()
 
-        return types.none(slots, i, new), codegen
+        return types.none(slots, i, new, key), codegen
 
     return store
 

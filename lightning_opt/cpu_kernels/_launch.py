@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_opt._layout import stage
 
-_DTYPES = {torch.float32: "float32", torch.float64: "float64"}
+_DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 _ELEMENTS_A_THREAD = 1 << 15  # fewer are not worth waking a thread
 
 
@@ -22,11 +22,11 @@ def unsupported(dtype: torch.dtype) -> str | None:
 
     Example:
         >>> unsupported(torch.float32), unsupported(torch.float16)
-        (None, 'the CPU kernels support float32 and float64, not float16')
+        (None, 'the CPU kernels support float32, float64 and bfloat16, not float16')
     """
     if dtype in _DTYPES:
         return None
-    return f"the CPU kernels support float32 and float64, not {str(dtype).removeprefix('torch.')}"
+    return f"the CPU kernels support float32, float64 and bfloat16, not {str(dtype).removeprefix('torch.')}"
 
 
 def launch(
@@ -79,7 +79,7 @@ def launch(
     starts = [0, *np.cumsum(_sizes(columns)).tolist()]
     addresses = np.array([[t.data_ptr() for t in column] for column in columns]).T.copy()
     rows, per_tensor = _rows(coefficients, len(params), np.float64 if params[0].dtype == torch.float64 else np.float32)
-    keys = _keys(rows, coefficients["step"], numbers, len(columns)) if stochastic_rounding else addresses
+    keys = _keys(coefficients["step"], numbers, len(columns)) if stochastic_rounding else addresses
     bounds = np.array(starts)
     tables = (addresses.ctypes.data, bounds.ctypes.data, rows.ctypes.data, per_tensor, keys.ctypes.data)
 
@@ -126,10 +126,14 @@ def _rows(coefficients: dict[str, Any], count: int, dtype: Any) -> tuple[np.ndar
     return rows, per_tensor
 
 
-def _keys(rows: np.ndarray, step: Any, numbers: Sequence[int], slots: int) -> np.ndarray:
+def _keys(step: Any, numbers: Sequence[int], slots: int) -> np.ndarray:
+    """The keys of the random bits: a row a tensor, a column a slot (0 the parameter, 2, 3, ... the states)."""
     from ._bits import mix
 
-    raise NotImplementedError
+    # the reference numbers the slots of a tensor without the gradient
+    slot = np.array([0, 0, *range(1, slots - 1)], np.uint32)
+    tensor = np.array(numbers, np.uint32)[:, None]
+    return mix(np.uint32(np.array(step)).reshape(-1, 1) + mix(tensor * np.uint32(8) + slot))
 
 
 def _in_pieces(function: Callable[[int, int], None], size: int) -> None:
