@@ -1,7 +1,7 @@
 """What the package offers: one frozen record beside each definition.
 
-``@register`` beside a method's class feeds the command line, the README table and the generic contract tests; there is no
-central list. ``@register_command`` does the same for subcommands of ``lightning-opt``.
+``@register`` beside a method's class feeds the command line, the README table and the generic contract tests; there
+is no central list. ``@register_command`` does the same for subcommands of ``lightning-opt``.
 """
 
 import dataclasses

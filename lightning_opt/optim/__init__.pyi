@@ -1,1 +1,11 @@
+from ._base import Options as Options
 from .adabelief import AdaBelief as AdaBelief
+from .dale import eg_param_groups as eg_param_groups
+from .dale import lognormal_init_ as lognormal_init_
+from .dale import split_bias_ as split_bias_
+from .diffgrad import DiffGrad as DiffGrad
+from .eg_plus_minus import EGPlusMinus as EGPlusMinus
+from .exponentiated import ExponentiatedAdamW as ExponentiatedAdamW
+from .exponentiated import ExponentiatedSGD as ExponentiatedSGD
+from .lion import Lion as Lion
+from .lion import LionK as LionK

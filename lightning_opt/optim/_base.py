@@ -3,12 +3,13 @@
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer as TorchOptimizer
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack, override
 
 from lightning_opt import cpu_kernels, triton_kernels
 from lightning_opt._checks import check_choice, check_interval
@@ -20,23 +21,11 @@ StateDtype = Literal["float32", "bfloat16"]
 Scalar = float | Tensor | TensorList
 """A number of one step: a float, a 0-dim tensor, a vector with one value a tensor, or a list of 0-dim tensors."""
 
-_LOW_PRECISION = (torch.bfloat16, torch.float16)
 
+class Options(TypedDict, total=False):
+    """Options that every optimizer of the package takes; each may be set per group.
 
-class Optimizer(TorchOptimizer):
-    """torch.optim.Optimizer with what every optimizer of this package promises.
-
-    A subclass gives ``validate`` (wrong values of a group), ``state_names`` and ``coefficients`` (the numbers of a step), and
-    ``update`` (the mathematics, in place, in plain torch); ``fused_kernel`` names its fused twin. This class does the rest:
-    closures, groups, missing, sparse and complex gradients, ``maximize``, ``foreach``, ``fused``, ``capturable`` and
-    ``differentiable``, low-precision parameters and states, stochastic rounding.
-
-    State of a bfloat16 or float16 parameter is float32 unless ``state_dtype`` says otherwise, and ``load_state_dict`` keeps
-    the dtype that was saved (torch casts it to the parameter's, pytorch/pytorch#43706).
-
-    Args:
-        params: Parameters, named parameters or groups, as everywhere in torch.optim.
-        defaults: The method's own options; each may be set per group.
+    Attributes:
         maximize: Ascend instead of descend.
         foreach: Use ``torch._foreach_*`` (True), or a loop over tensors (False).
         fused: Use the fused kernel: None where it supports the tensors at hand, True always (or raise), False never.
@@ -45,8 +34,46 @@ class Optimizer(TorchOptimizer):
         differentiable: Let autograd go through the step.
         state_dtype: dtype of the state tensors, or a dict with one per state name; None is float32 for low-precision
             parameters and the parameter's dtype otherwise.
-        stochastic_rounding: Round bfloat16 parameters and states stochastically, with bits that depend on the step, the tensor
-            and the element only.
+        stochastic_rounding: Round bfloat16 parameters and states stochastically, with bits that depend on the step, the
+            tensor and the element only.
+    """
+
+    maximize: bool
+    foreach: bool | None
+    fused: bool | None
+    capturable: bool
+    differentiable: bool
+    state_dtype: StateDtype | dict[str, StateDtype] | None
+    stochastic_rounding: bool
+
+
+_OPTIONS = Options(
+    maximize=False,
+    foreach=None,
+    fused=None,
+    capturable=False,
+    differentiable=False,
+    state_dtype=None,
+    stochastic_rounding=False,
+)
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+class Optimizer(TorchOptimizer):
+    """torch.optim.Optimizer with what every optimizer of this package promises.
+
+    A subclass gives ``validate`` (wrong values of a group), ``state_names`` and ``coefficients`` (the numbers of a
+    step), and ``update`` (the mathematics, in place, in plain torch); ``fused_kernel`` names its fused twin. This
+    class does the rest: closures, groups, missing, sparse and complex gradients, ``maximize``, ``foreach``,
+    ``fused``, ``capturable`` and ``differentiable``, low-precision parameters and states, stochastic rounding.
+
+    State of a bfloat16 or float16 parameter is float32 unless ``state_dtype`` says otherwise, and ``load_state_dict``
+    keeps the dtype that was saved (torch casts it to the parameter's, pytorch/pytorch#43706).
+
+    Args:
+        params: Parameters, named parameters or groups, as everywhere in torch.optim.
+        defaults: The method's own options; each may be set per group.
+        **options: See :class:`Options`.
 
     Raises:
         ValueError: If an option is out of range (naming it), options exclude each other, or there are no parameters.
@@ -54,33 +81,18 @@ class Optimizer(TorchOptimizer):
     """
 
     state_names: ClassVar[tuple[str, ...]] = ()
+    update: ClassVar[Callable[..., None]]
+    """The update of one tensor, or of a :class:`TensorList`, in place: the specification that kernels are held to.
+
+    Called as ``update(p, g, state, c, **flags)`` with the parameter, its gradient (of the loss to be minimised; it must
+    not be changed), a namespace with one tensor for each state name, one with the coefficients, and the :meth:`flags`.
+    """
     counts_steps: ClassVar[bool] = True
     """Whether the update depends on the number of the step; ``step`` is then part of the state."""
 
-    def __init__(
-        self,
-        params: ParamsT,
-        defaults: dict[str, Any],
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        fused: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        state_dtype: StateDtype | dict[str, StateDtype] | None = None,
-        stochastic_rounding: bool = False,
-    ) -> None:
-        options: dict[str, Any] = {
-            "maximize": maximize,
-            "foreach": foreach,
-            "fused": fused,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "state_dtype": state_dtype,
-            "stochastic_rounding": stochastic_rounding,
-        }
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], **options: Unpack[Options]) -> None:
         self._update_pre_hooks: dict[int, Callable[[Any], None]] = {}
-        super().__init__(params, {**defaults, **options})
+        super().__init__(params, {**defaults, **_OPTIONS, **options})
 
     # --- what a method gives ---------------------------------------------------------------------------------------
 
@@ -105,19 +117,6 @@ class Optimizer(TorchOptimizer):
         """Options that choose between forms of the update; keyword arguments of ``update`` and of the fused kernel."""
         return {}
 
-    @staticmethod
-    def update(p: Any, g: Any, state: Any, c: Any, **flags: Any) -> None:
-        """The update of one tensor, or of a :class:`TensorList`, in place: the specification that kernels are held to.
-
-        Args:
-            p: Parameter.
-            g: Its gradient (of the loss to be minimised); not changed.
-            state: Namespace with one tensor for each state name.
-            c: Namespace with the coefficients of this step.
-            **flags: As :meth:`flags` returns.
-        """
-        raise NotImplementedError
-
     def fused_kernel(self, group: dict[str, Any]) -> str | None:
         """Name of the kernel in ``cpu_kernels`` and ``triton_kernels``, or None if these options have none."""
         return None
@@ -136,7 +135,7 @@ class Optimizer(TorchOptimizer):
 
     @classmethod
     def param_groups_for(cls, module: nn.Module) -> list[dict[str, Any]]:
-        """Parameter groups of a module: no weight decay on biases, norms and other parameters of fewer than two dimensions.
+        """Parameter groups of a module, without weight decay on biases and norms (fewer than two dimensions).
 
         Args:
             module: Any module; parameters that do not require gradients are left out.
@@ -151,7 +150,7 @@ class Optimizer(TorchOptimizer):
             [(['weight'], None), (['bias'], 0.0)]
         """
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [(name, p) for name, p in named if p.ndim > 1]},
             {"params": [(name, p) for name, p in named if p.ndim <= 1], "weight_decay": 0.0},
         ]
@@ -159,6 +158,7 @@ class Optimizer(TorchOptimizer):
 
     # --- torch.optim -----------------------------------------------------------------------------------------------
 
+    @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch.optim.
 
@@ -188,16 +188,26 @@ class Optimizer(TorchOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_update_pre_hooks": {}}
 
+    @override
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_update_pre_hooks", {})
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict and keep the dtype of every state tensor as it was saved.
+
+        Options that the saved groups lack, as those of another library do, keep their present values.
 
         Args:
             state_dict: What ``state_dict()`` of an optimizer of the same class returned, on any device and backend.
         """
+        groups = [
+            {**{name: value for name, value in own.items() if name != "params"}, **saved}
+            for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=False)
+        ]
+        if len(groups) == len(state_dict["param_groups"]):  # else torch says what is wrong
+            state_dict = {**state_dict, "param_groups": groups}
         super().load_state_dict(state_dict)
         saved = itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         own = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
@@ -209,6 +219,7 @@ class Optimizer(TorchOptimizer):
                     device = torch.device("cpu") if name == "step" and not self._group_of(p)["capturable"] else p.device
                     state[name] = value.detach().to(device, copy=True)
 
+    @override
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
 

@@ -1,7 +1,7 @@
 """Stochastic rounding to bfloat16 with counter-based random bits.
 
-The bits are a hash of (step, tensor, slot, element): no random state is read or changed, a resumed run draws the same bits,
-and the fused kernels, which compute the same hash, round identically.
+The bits are a hash of (step, tensor, slot, element): no random state is read or changed, a resumed run draws the same
+bits, and the fused kernels, which compute the same hash, round identically.
 """
 
 import torch

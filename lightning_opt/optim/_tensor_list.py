@@ -1,6 +1,7 @@
 """A list of tensors that computes like one tensor, through ``torch._foreach_*``.
 
-The reference updates are written for a tensor; handed a :class:`TensorList` they run unchanged as a multi-tensor update.
+The reference updates are written for a tensor; handed a :class:`TensorList` they run unchanged as a multi-tensor
+update.
 """
 
 import operator

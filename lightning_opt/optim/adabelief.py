@@ -1,17 +1,21 @@
 """AdaBelief (Zhuang et al., 2020, arXiv:2010.07468)."""
 
+import inspect
 import warnings
+from types import SimpleNamespace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack, override
 
 from lightning_opt._checks import check_interval
 from lightning_opt.registry import register
 
-from ._base import Optimizer, StateDtype
+from ._base import Optimizer, Options
 from ._checks import check_betas
+from ._statistics import sample
 from ._tensor_list import select
 
 
@@ -34,10 +38,10 @@ class AdaBelief(Optimizer):
 
     The ``eps`` inside the recursion is kept in closed form: with :math:`v` the average of :math:`(g - m)^2` alone,
     :math:`s_t / (1 - \beta_2^t) = v_t / (1 - \beta_2^t) + \epsilon / (1 - \beta_2)` exactly. So the root never falls
-    below :math:`\sqrt{\epsilon / (1 - \beta_2)}`: 3.2e-7 for ``eps=1e-16``, but 3.2e-3 for ``eps=1e-8``, where gradients
-    below it are followed as SGD with momentum would, at 316 times ``lr``. ``OptimizerMonitor`` logs the share of
-    coordinates on that floor. As a rule of thumb take Adam's ``eps`` squared. Do not clip gradients by value: constant
-    gradients make the surprise vanish and the steps explode up to the floor.
+    below :math:`\sqrt{\epsilon / (1 - \beta_2)}`: 3.2e-7 for ``eps=1e-16``, but 3.2e-3 for ``eps=1e-8``, where
+    gradients below it are followed as SGD with momentum would, at 316 times ``lr``. ``OptimizerMonitor`` logs the
+    share of coordinates on that floor. As a rule of thumb take Adam's ``eps`` squared. Do not clip gradients by
+    value: constant gradients make the surprise vanish and the steps explode up to the floor.
 
     Args:
         params: Parameters, named parameters or groups.
@@ -50,13 +54,8 @@ class AdaBelief(Optimizer):
         rectify: Rectify the variance of early steps as RAdam does.
         degenerated_to_sgd: With ``rectify``, take SGD steps while rectification is impossible, else none.
         amsgrad: Divide by the largest :math:`s` so far.
-        maximize: Ascend instead of descend.
-        foreach: Use ``torch._foreach_*``.
-        fused: Use the fused kernel of the device; None uses it where there is one.
-        capturable: Keep step counts on the device, for CUDA graphs.
-        differentiable: Let autograd go through the step.
-        state_dtype: dtype of the state, or a dict with one per state name; None is float32 for low-precision parameters.
-        stochastic_rounding: Round bfloat16 parameters and states stochastically.
+        **options: ``maximize``, ``foreach``, ``fused``, ``capturable``, ``differentiable``, ``state_dtype``,
+            ``stochastic_rounding``, as :class:`lightning_opt.optim.Options` says.
 
     Raises:
         ValueError: If a value is out of range, or ``fixed_decay`` is asked for without ``decoupled``.
@@ -88,13 +87,7 @@ class AdaBelief(Optimizer):
         rectify: bool = False,
         degenerated_to_sgd: bool = True,
         amsgrad: bool = False,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        fused: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        state_dtype: StateDtype | dict[str, StateDtype] | None = None,
-        stochastic_rounding: bool = False,
+        **options: Unpack[Options],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -107,18 +100,9 @@ class AdaBelief(Optimizer):
             "degenerated_to_sgd": degenerated_to_sgd,
             "amsgrad": amsgrad,
         }
-        super().__init__(
-            params,
-            defaults,
-            maximize=maximize,
-            foreach=foreach,
-            fused=fused,
-            capturable=capturable,
-            differentiable=differentiable,
-            state_dtype=state_dtype,
-            stochastic_rounding=stochastic_rounding,
-        )
+        super().__init__(params, defaults, **options)
 
+    @override
     def validate(self, group: dict[str, Any]) -> None:
         check_betas(group["betas"])
         check_interval("eps", group["eps"], 0.0)
@@ -130,9 +114,11 @@ class AdaBelief(Optimizer):
         if group["eps"] == 0:
             warnings.warn("AdaBelief with eps=0 divides 0 by 0 where a gradient stays zero", stacklevel=4)
 
+    @override
     def states_of(self, group: dict[str, Any]) -> tuple[str, ...]:
         return (*self.state_names, "max_exp_avg_var") if group["amsgrad"] else self.state_names
 
+    @override
     def coefficients(self, step: Any, lr: Any, group: dict[str, Any]) -> dict[str, Any]:
         (beta1, beta2), eps, decay = group["betas"], group["eps"], group["weight_decay"]
         correction1, correction2 = 1 - beta1**step, 1 - beta2**step
@@ -166,11 +152,13 @@ class AdaBelief(Optimizer):
             "shrink": 1 - decay * (1.0 if group["fixed_decay"] else lr) if group["decoupled"] else 1.0,
         }
 
+    @override
     def flags(self, group: dict[str, Any]) -> dict[str, Any]:
         return {"amsgrad": group["amsgrad"]}
 
     @staticmethod
     def update(p: Any, g: Any, state: Any, c: Any, *, amsgrad: bool) -> None:
+        """Algorithm 2 of arXiv:2010.07468."""
         g = g + c.coupled * p
         state.exp_avg.mul_(c.beta1).add_(c.weight1 * g)
         surprise = g - state.exp_avg  # of the gradient to the average that it has just entered
@@ -181,5 +169,113 @@ class AdaBelief(Optimizer):
         root = (base * c.scale + c.offset).sqrt() + c.outer
         p.mul_(c.shrink).sub_(c.size * state.exp_avg / root)
 
+    @override
     def fused_kernel(self, group: dict[str, Any]) -> str | None:
         return "adabelief"
+
+    @override
+    def statistics(self, loss: Tensor | None = None) -> dict[str, Tensor]:
+        """``floor_fraction``: share of coordinates on the floor of the root; ``median_step``: size of the last step."""
+        below, steps = [], []
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state.get(p)
+                if not state:
+                    continue
+                m, v = sample(state["exp_avg"]).float(), sample(state["exp_avg_var"]).float()
+                c = SimpleNamespace(**self.coefficients(state["step"].double(), group["lr"], group))
+                base = sample(state["max_exp_avg_var"]).float() if group["amsgrad"] else v
+                below.append(v < c.accumulated)
+                steps.append((c.size * m / ((base * c.scale + c.offset).sqrt() + c.outer)).abs())
+        if not below:
+            return {}
+        return {"floor_fraction": torch.cat(below).float().mean(), "median_step": torch.cat(steps).median()}
+
+    @override
+    def diagnose(self, statistics: dict[str, float], step: int) -> str | None:
+        if statistics.get("floor_fraction", 0.0) > 0.99:
+            return (
+                "AdaBelief divides by its floor sqrt(eps / (1 - beta2)) in over 99% of the coordinates: it is SGD with "
+                "momentum now; a smaller eps (Adam's squared) makes it adaptive"
+            )
+        return None
+
+    @staticmethod
+    def from_peer_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
+        r"""Turn a checkpoint of another library's AdaBelief into one that ``load_state_dict`` takes.
+
+        The authors' package, timm and pytorch_optimizer keep :math:`s` with the accumulated ``eps`` in it; ours
+        without: :math:`v_t = s_t - \epsilon (1 - \beta_2^t) / (1 - \beta_2)`.
+
+        Args:
+            state_dict: ``state_dict()`` of ``adabelief_pytorch.AdaBelief``, ``timm.optim.AdaBelief`` or
+                ``pytorch_optimizer.AdaBelief``.
+
+        Returns:
+            A state dict of ours. Options that the other library keeps on its object (decoupled decay, rectification)
+            are not in its checkpoint: give them to the constructor.
+        """
+        names = {"weight_decouple": "decoupled", "ams_bound": "amsgrad"}
+        kept = set(inspect.signature(AdaBelief).parameters) | {"params", "param_names", "maximize"}
+        groups, states = [], dict(state_dict["state"])
+        for group in state_dict["param_groups"]:
+            renamed = {names.get(name, name): value for name, value in group.items()}
+            groups.append({name: value for name, value in renamed.items() if name in kept})
+            beta2, eps = group["betas"][1], group["eps"]
+            for number in group["params"]:
+                if number not in states:
+                    continue
+                state = states[number]
+                step = torch.as_tensor(state.get("step", group.get("step")), dtype=torch.float32).reshape(())
+                accumulated = eps * (1 - beta2 ** step.item()) / (1 - beta2)
+                v = (state["exp_avg_var"].double() - accumulated).clamp_min(0.0).to(state["exp_avg_var"].dtype)
+                states[number] = {"step": step, "exp_avg": state["exp_avg"], "exp_avg_var": v}
+                if "max_exp_avg_var" in state:
+                    states[number]["max_exp_avg_var"] = state["max_exp_avg_var"]
+        return {"state": states, "param_groups": groups}
+
+    @classmethod
+    def cifar_cnn(cls, params: ParamsT, **changes: Any) -> Self:
+        """The authors' settings for CNNs on CIFAR: ``eps=1e-8``, coupled decay 5e-4."""
+        return cls(params, **{"lr": 1e-3, "eps": 1e-8, "weight_decay": 5e-4, "decoupled": False, **changes})
+
+    @classmethod
+    def imagenet(cls, params: ParamsT, **changes: Any) -> Self:
+        """The authors' settings for CNNs on ImageNet: ``eps=1e-8``, decoupled decay 1e-2."""
+        return cls(params, **{"lr": 1e-3, "eps": 1e-8, "weight_decay": 1e-2, **changes})
+
+    @classmethod
+    def detection(cls, params: ParamsT, **changes: Any) -> Self:
+        """The authors' settings for detection on PASCAL VOC: ``lr=1e-4``, ``eps=1e-8``, coupled decay 1e-4."""
+        return cls(params, **{"lr": 1e-4, "eps": 1e-8, "weight_decay": 1e-4, "decoupled": False, **changes})
+
+    @classmethod
+    def lstm(cls, params: ParamsT, *, layers: int = 1, **changes: Any) -> Self:
+        """The authors' settings for LSTMs of one layer (``lr=1e-3``, ``eps=1e-16``) or more (1e-2, 1e-12)."""
+        lr, eps = (1e-3, 1e-16) if layers == 1 else (1e-2, 1e-12)
+        return cls(params, **{"lr": lr, "eps": eps, "weight_decay": 1.2e-6, "decoupled": False, **changes})
+
+    @classmethod
+    def wgan(cls, params: ParamsT, **changes: Any) -> Self:
+        """The authors' settings for a small Wasserstein GAN: ``betas=(0.5, 0.999)``, ``eps=1e-12``."""
+        return cls(params, **{"lr": 2e-4, "betas": (0.5, 0.999), "eps": 1e-12, **changes})
+
+    @classmethod
+    def sn_gan(cls, params: ParamsT, **changes: Any) -> Self:
+        """The authors' settings for a spectrally normalised GAN: ``betas=(0.5, 0.999)``, ``eps=1e-16``, rectified."""
+        return cls(params, **{"lr": 2e-4, "betas": (0.5, 0.999), "eps": 1e-16, "rectify": True, **changes})
+
+    @classmethod
+    def transformer(cls, params: ParamsT, **changes: Any) -> Self:
+        """The authors' settings for transformers: ``lr=5e-4``, ``eps=1e-16``, decoupled decay 1e-4, rectified."""
+        return cls(params, **{"lr": 5e-4, "eps": 1e-16, "weight_decay": 1e-4, "rectify": True, **changes})
+
+    @classmethod
+    def rainbow(cls, params: ParamsT, **changes: Any) -> Self:
+        """The authors' settings for Rainbow on Atari: ``lr=1e-4``, ``eps=1e-10``, rectified."""
+        return cls(params, **{"lr": 1e-4, "eps": 1e-10, "rectify": True, **changes})
+
+    @classmethod
+    def half_cheetah(cls, params: ParamsT, **changes: Any) -> Self:
+        """The authors' settings for HalfCheetah: ``lr=1e-3``, ``eps=1e-12``, rectified."""
+        return cls(params, **{"lr": 1e-3, "eps": 1e-12, "rectify": True, **changes})
