@@ -1,0 +1,75 @@
+"""What every test runs in: the Triton interpreter where there is no GPU, and nothing left behind."""
+
+import multiprocessing
+import os
+import random
+from collections.abc import Iterator
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before any test module is imported
+
+import numpy as np
+import pytest
+
+# Lightning sets these while it runs; they are put back after each test.
+_LIGHTNING = {
+    "CUBLAS_WORKSPACE_CONFIG",
+    "CUDA_MODULE_LOADING",
+    "GLOO_SOCKET_IFNAME",
+    "LOCAL_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "NODE_RANK",
+    "PL_GLOBAL_SEED",
+    "PL_SEED_WORKERS",
+    "RANK",
+    "TORCHELASTIC_USE_AGENT_STORE",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+    "TRITON_CACHE_DIR",
+    "WORLD_SIZE",
+}
+
+
+@pytest.fixture(autouse=True)
+def _leaves_nothing_behind() -> Iterator[None]:
+    """Fail a test that leaks environment variables, processes or torch settings; give each the same random state."""
+    environment = dict(os.environ)
+    settings = _torch_settings()
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
+    yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+    leaked = {
+        name
+        for name in environment.keys() | os.environ.keys()
+        if environment.get(name) != os.environ.get(name) and name not in _LIGHTNING and not name.startswith("PYTEST_")
+    }
+    os.environ.clear()
+    os.environ.update(environment)
+    changed = {name: (old, new) for (name, old), new in zip(settings.items(), _torch_settings().values()) if old != new}
+    torch.set_default_dtype(settings["default dtype"])
+    torch.set_num_threads(settings["threads"])
+    torch.use_deterministic_algorithms(settings["deterministic"])
+    torch.set_grad_enabled(settings["gradients"])
+    children = multiprocessing.active_children()
+    for child in children:
+        child.kill()
+    assert not leaked, f"the test changed environment variables: {sorted(leaked)}"
+    assert not changed, f"the test changed torch settings (old, new): {changed}"
+    assert not children, f"the test left processes running: {children}"
+
+
+def _torch_settings() -> dict:
+    return {
+        "default dtype": torch.get_default_dtype(),
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "gradients": torch.is_grad_enabled(),
+    }
