@@ -1,4 +1,4 @@
-"""bfloat16 as bits, and the random bits of stochastic rounding: the same as ``lightning_opt.optim`` computes in torch."""
+"""bfloat16 as bits, and the random bits of stochastic rounding, as ``lightning_opt.optim`` computes them in torch."""
 
 import numpy as np
 from numba.extending import register_jitable

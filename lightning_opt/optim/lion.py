@@ -144,6 +144,7 @@ class LionK(Optimizer):
             "weight2": 1 - beta2,
             "size": lr,
             "decay": lr * group["weight_decay"],
+            "shrink": 1 - lr * group["weight_decay"],
             "e": args.get("e", 0.0),
         }
 
@@ -182,7 +183,7 @@ class LionK(Optimizer):
         if cautious_weight_decay:
             p.mul_(1 - c.decay * (u * p > 0)).sub_(c.size * u)
         else:
-            p.mul_(1 - c.decay).sub_(c.size * u)
+            p.mul_(c.shrink).sub_(c.size * u)
         state.exp_avg.mul_(c.beta2).add_(c.weight2 * g)  # with the raw gradient, after z has been formed
 
     @override
