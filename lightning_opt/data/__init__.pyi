@@ -1,0 +1,13 @@
+from .digits import Digits as Digits
+from .fetch import DataNotFoundError as DataNotFoundError
+from .idx import CorruptDataError as CorruptDataError
+from .idx import read_idx as read_idx
+from .idx import write_idx as write_idx
+from .idx_images import IdxImages as IdxImages
+from .image_data_module import ImageDataModule as ImageDataModule
+from .image_data_module import ImageDataset as ImageDataset
+from .image_data_module import stratified_order as stratified_order
+from .mnist import KMNIST as KMNIST
+from .mnist import MNIST as MNIST
+from .mnist import FashionMNIST as FashionMNIST
+from .resumable_loader import ResumableLoader as ResumableLoader

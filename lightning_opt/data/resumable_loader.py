@@ -1,0 +1,240 @@
+"""A data loader that continues an epoch where a checkpoint left it."""
+
+import random
+from collections.abc import Iterator, Sized
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, default_collate, get_worker_info
+from torch.utils.data.distributed import DistributedSampler
+
+from lightning_opt._checks import check_interval
+
+
+class ResumableLoader(DataLoader):
+    """A :class:`torch.utils.data.DataLoader` whose order is a function of ``(seed, epoch)`` and that resumes mid-epoch.
+
+    The Lightning Trainer saves :meth:`state_dict` in every checkpoint and hands it back on
+    ``Trainer.fit(ckpt_path=...)``. Only batches that were handed out count, not those that workers have prefetched.
+    With :class:`lightning_opt.callbacks.ResumeState`, a resumed run repeats the uninterrupted one bit for bit.
+
+    - The loader uses no global random state. Worker processes seed python, numpy and torch anew for every batch from
+      ``(seed, epoch, rank, batch)``, so random augmentation in workers depends neither on their number nor on where
+      the run was resumed. With ``num_workers=0`` augmentation draws from the global state, which ``ResumeState`` saves.
+    - In a distributed run every rank takes each ``world_size``-th sample of the permutation, without the Trainer's
+      help. A rank repeats a sample only where it would otherwise make one batch fewer than the others; with
+      ``drop_last`` none is repeated. So an evaluation over several ranks is nearly always exact.
+    - A dataset may define ``__getitems__(indices)`` that returns a whole batch as a tuple, a dict or a tensor: one
+      indexing operation for the batch, and nothing is collated. A list is taken as samples, as torch does.
+
+    Outside of the Trainer call ``loader.sampler.set_epoch(epoch)`` before each epoch, as for
+    :class:`~torch.utils.data.distributed.DistributedSampler`.
+
+    Args:
+        dataset: A dataset with a length, read by index.
+        batch_size: Samples a batch, on each rank.
+        shuffle: Draw a new permutation every epoch; otherwise read in order.
+        seed: Chooses the sequence of permutations, a non-negative integer.
+        drop_last: Leave out the last batch of an epoch if it is incomplete.
+        num_workers: Worker processes.
+        loader_kwargs: Further arguments of ``DataLoader``, except ``sampler``, ``batch_sampler``, ``generator`` and
+            ``in_order=False``.
+
+    Raises:
+        ValueError: If a value is out of range, or when an epoch is to be continued with another batch size, seed,
+            dataset length or number of ranks than it was begun with.
+
+    Example:
+        >>> loader = ResumableLoader(range(10), batch_size=4, shuffle=True, seed=1)
+        >>> batches = iter(loader)
+        >>> _ = next(batches)
+        >>> loader.state_dict()["batches"]
+        1
+        >>> resumed = ResumableLoader(range(10), batch_size=4, shuffle=True, seed=1)
+        >>> resumed.load_state_dict(loader.state_dict())
+        >>> all(torch.equal(a, b) for a, b in zip(batches, resumed, strict=True))
+        True
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int = 64,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        drop_last: bool = False,
+        num_workers: int = 0,
+        **loader_kwargs: Any,
+    ) -> None:
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            raise ValueError(f"dataset must have a length and be read by index, got {type(dataset).__name__}")
+        for name, value, low in (("batch_size", batch_size, 1), ("seed", seed, 0)):
+            check_interval(name, value, low)
+            if not isinstance(value, int):
+                raise ValueError(f"{name} must be an integer, got {value!r}")
+        if loader_kwargs.get("in_order") is False:
+            raise ValueError("in_order must be True: batches that overtake each other cannot be resumed, got False")
+        sampler = loader_kwargs.pop("sampler", None)
+        batch_sampler = loader_kwargs.pop("batch_sampler", None)
+        for given in (sampler, getattr(batch_sampler, "sampler", batch_sampler)):
+            # the Trainer brings these: in order to overfit, its index recorder around our own sampler to predict
+            if not (given is None or isinstance(given, SequentialSampler | _EpochSampler)):
+                raise ValueError(f"sampler must be None: ResumableLoader makes its own, got {type(given).__name__}")
+        loader_kwargs["generator"] = torch.Generator()
+        loader_kwargs["collate_fn"] = loader_kwargs.get("collate_fn") or _collate
+
+        if batch_sampler is not None and isinstance(batch_sampler.sampler, _EpochSampler):
+            self._order = batch_sampler.sampler
+            super().__init__(dataset, batch_sampler=batch_sampler, num_workers=num_workers, **loader_kwargs)
+        else:
+            self._order = _EpochSampler(dataset, batch_size, shuffle, seed, drop_last, seed_workers=num_workers > 0)
+            super().__init__(
+                dataset, batch_size, sampler=self._order, drop_last=drop_last, num_workers=num_workers, **loader_kwargs
+            )
+        self.seed = seed
+        self._epoch = 0  # the epoch that the position is about
+        self._batches = 0  # handed out in that epoch
+        self._position: dict[str, int] | None = None  # loaded, to be taken up by the next pass
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """One pass over what is left of the epoch.
+
+        A generator: it starts workers and reads the epoch only when the first batch is asked for, because the Trainer
+        creates the iterator of a resumed epoch before it sets the epoch.
+        """
+        order = self._order
+        position, self._position = self._position, None
+        self._batches = self._first_batch(position)
+        self._epoch = order.epoch
+        order.first_batch = self._batches
+        assert isinstance(self.generator, torch.Generator)
+        self.generator.manual_seed(_mix(order.seed, order.epoch, order.rank))
+        for batch in super().__iter__():
+            self._batches += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The position: epoch, batches handed out, and what the order depends on."""
+        order = self._order
+        return {**order.identity(), "epoch": order.epoch, "batches": self._batches if self._epoch == order.epoch else 0}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Let the next pass continue at this position, unless another epoch is set before it starts."""
+        self._position = dict(state_dict)
+        self._order.set_epoch(state_dict["epoch"])
+        self._epoch, self._batches = state_dict["epoch"], state_dict["batches"]
+
+    def _first_batch(self, position: dict[str, int] | None) -> int:
+        if position is None or position["epoch"] != self._order.epoch or position["batches"] == 0:
+            return 0
+        changed = [f"{k} was {position[k]} and is {v}" for k, v in self._order.identity().items() if position[k] != v]
+        if changed:
+            raise ValueError(
+                f"Epoch {position['epoch']} cannot be continued behind batch {position['batches']}: "
+                f"{', '.join(changed)}. Resume with the same values, or from a checkpoint of an epoch's end."
+            )
+        return position["batches"]
+
+
+class _EpochSampler(DistributedSampler):
+    """The indices of this rank in one epoch.
+
+    A ``DistributedSampler`` by type, which tells the Trainer not to put its own in place, but one that looks for its
+    rank when it is read and not when it is made: loaders are often made before the process group.
+    """
+
+    def __init__(
+        self, dataset: Sized, batch_size: int, shuffle: bool, seed: int, drop_last: bool, *, seed_workers: bool
+    ) -> None:
+        self.dataset: Sized = dataset  # type: ignore[assignment]
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.drop_last = drop_last
+        self.seed_workers = seed_workers
+        self.epoch = 0
+        self.first_batch = 0
+
+    @property
+    def rank(self) -> int:  # type: ignore[override]
+        return dist.get_rank() if _is_distributed() else 0
+
+    @property
+    def num_replicas(self) -> int:  # type: ignore[override]
+        return dist.get_world_size() if _is_distributed() else 1
+
+    def identity(self) -> dict[str, int]:
+        """What a position in the epoch depends on."""
+        return {
+            "seed": self.seed,
+            "shuffle": int(self.shuffle),
+            "batch_size": self.batch_size,
+            "drop_last": int(self.drop_last),
+            "dataset_size": len(self.dataset),
+            "world_size": self.num_replicas,
+        }
+
+    def __len__(self) -> int:
+        """Indices of this rank in a whole epoch; the number of batches is the same on every rank."""
+        size, ranks = len(self.dataset), self.num_replicas
+        if self.drop_last:
+            return size // ranks
+        own, largest = len(range(self.rank, size, ranks)), -(-size // ranks)
+        return own if -(-own // self.batch_size) == -(-largest // self.batch_size) else largest
+
+    def __iter__(self) -> Iterator[int]:
+        size, ranks = len(self.dataset), self.num_replicas
+        order = torch.arange(size)
+        if self.shuffle:
+            order = torch.randperm(size, generator=torch.Generator().manual_seed(_mix(self.seed, self.epoch)))
+        # behind the end of the order it starts over, as DistributedSampler pads
+        places = torch.arange(len(self)) * ranks + self.rank
+        indices = order[places[self.first_batch * self.batch_size :] % max(size, 1)].tolist()
+        if self.seed_workers:
+            for i in range(0, len(indices), self.batch_size):
+                key = (self.seed, self.epoch, self.rank, self.first_batch + i // self.batch_size)
+                indices[i] = _SeedingIndex.of(indices[i], key)
+        yield from indices
+
+
+class _SeedingIndex(int):
+    """The first index of a batch, which seeds the random generators of the worker that it arrives in.
+
+    torch calls nothing of ours in a worker before it fetches a batch; the indices themselves are all that travels.
+    """
+
+    key: tuple[int, ...]
+
+    @classmethod
+    def of(cls, index: int, key: tuple[int, ...]) -> "_SeedingIndex":
+        """This index with this key."""
+        seeding = cls(index)
+        seeding.key = key
+        return seeding
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _arrive, (int(self), self.key)
+
+
+def _arrive(index: int, key: tuple[int, ...]) -> int:
+    if get_worker_info() is not None:
+        random.seed(_mix(*key, 0))
+        torch.manual_seed(_mix(*key, 1))
+        np.random.seed(np.random.SeedSequence((*key, 2)).generate_state(8))
+    return index
+
+
+def _mix(*key: int) -> int:
+    """A seed of 63 bits from several numbers, without the overlaps of adding them."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _collate(fetched: Any) -> Any:
+    return default_collate(fetched) if isinstance(fetched, list) else fetched
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
