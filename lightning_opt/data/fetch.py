@@ -1,0 +1,91 @@
+import dataclasses
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import pooch
+
+
+class DataNotFoundError(RuntimeError):
+    """A data file that is neither at hand nor could be fetched; the message names the ways to provide it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PublishedFile:
+    """One file of a published dataset.
+
+    Attributes:
+        name: Its name without ``.gz``, the same in every folder and at every mirror.
+        archive_sha256: SHA-256 of ``name.gz`` as the mirrors serve it.
+        content_sha256: SHA-256 of what is in it, whoever compressed it; ``None`` where nobody published it.
+    """
+
+    name: str
+    archive_sha256: str
+    content_sha256: str | None = None
+
+
+def find_file(name: str, folders: Iterable[Path]) -> Path | None:
+    """The first ``name`` or ``name.gz`` in the folders, in their order, or ``None``."""
+    candidates = (folder / file for folder in folders for file in (name, f"{name}.gz"))
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def fetch_file(file: PublishedFile, mirrors: Sequence[str], folder: Path) -> Path:
+    """Download ``file.name + ".gz"`` into a folder unless it is there, with a progress bar.
+
+    The mirrors are tried in turn until one serves the file with the right checksum; the file appears under its name
+    only once it is complete and checked.
+
+    Args:
+        file: What to fetch.
+        mirrors: Addresses that end in ``/``.
+        folder: Where to keep it; made if absent.
+
+    Returns:
+        Its path.
+
+    Raises:
+        DataNotFoundError: If no mirror serves it; the message says why for each.
+    """
+    archive = f"{file.name}.gz"
+    failures = []
+    for mirror in mirrors:
+        try:
+            return Path(
+                pooch.retrieve(
+                    mirror + archive,
+                    known_hash=f"sha256:{file.archive_sha256}",
+                    fname=archive,
+                    path=folder,
+                    downloader=pooch.HTTPDownloader(progressbar=True, timeout=_TIMEOUT),
+                )
+            )
+        except (OSError, ValueError) as error:  # the network and the disk; a wrong checksum
+            failures.append(f"{mirror + archive}: {error}")
+    raise DataNotFoundError("\n".join(failures))
+
+
+def cache_folder(dataset: str) -> Path:
+    """Where the fetched files of a dataset are kept, for example ``~/.cache/lightning-opt/mnist``."""
+    return Path(pooch.os_cache("lightning-opt")) / dataset
+
+
+def local_folders(root: str | None, below: Sequence[str], system: str | None) -> list[Path]:
+    """The folders in which a dataset may lie on this machine, in the order in which they are searched.
+
+    Args:
+        root: A folder that holds the files or one of the folders ``below``.
+        below: The dataset's folder below a folder of datasets, for example ``"mnist"`` and ``"MNIST/raw"``.
+        system: The folder into which a package of the system installs the files.
+    """
+    folders = []
+    if root is not None:
+        folders += [Path(root).expanduser() / name for name in (*below, ".")]
+    if shared := os.environ.get(ENVIRONMENT):
+        folders += [Path(shared).expanduser() / name for name in below]
+    return folders + ([Path(system)] if system else [])
+
+
+ENVIRONMENT = "LIGHTNING_OPT_DATA"
+_TIMEOUT = 20.0  # seconds to connect, and between two packets
