@@ -130,7 +130,8 @@ class AdaBelief(Optimizer):
         if group["rectify"]:
             r_inf = 2 / (1 - beta2) - 1
             r = r_inf - 2 * step * beta2**step / correction2
-            ratio = (r - 4) * (r - 2) * r_inf / ((r_inf - 4) * (r_inf - 2) * r)
+            limit = (r_inf - 4) * (r_inf - 2) or 1.0  # 0 only where r never reaches 5
+            ratio = (r - 4) * (r - 2) * r_inf / (limit * r)
             rectified = r >= 5
             ratio = select(rectified, ratio, 1.0)
             plain = size if group["degenerated_to_sgd"] else 0.0 * size
