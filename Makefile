@@ -1,13 +1,14 @@
 # make quickstart   train a classifier on the embedded digits: progress bar, test table, checkpoint, picture
 # make test         run the tests
 # make lint         format check, lint, import layers, types
+# make readme     write the generated tables of README.md
 # Each sets up .venv first, with the tested versions of constraints.txt; nothing else needs to be installed but Python.
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: quickstart test lint format clean
+.PHONY: quickstart test lint format readme clean
 
 quickstart: .venv/.package
 	$(BIN)/lightning-opt fit
@@ -24,6 +25,9 @@ lint: .venv/.dev
 format: .venv/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+readme: .venv/.dev
+	$(BIN)/python docs/readme.py
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
