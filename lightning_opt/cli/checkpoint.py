@@ -1,0 +1,38 @@
+"""The checkpoint callback that the command adds to every fit."""
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_opt._checks import check_choice, check_interval
+from lightning_opt._lightning.checkpoints import save_now
+
+
+class PeriodicCheckpoint(ModelCheckpoint):
+    """Saves a checkpoint every N steps and one at the end, and links ``last.ckpt`` to the newest.
+
+    It is for resuming, not for choosing: to keep the best by a metric, add a ``ModelCheckpoint`` with ``monitor`` to
+    ``trainer.callbacks`` beside it. The previous checkpoint is removed only after the next one is completely written,
+    so a run that is killed at any time leaves a loadable one.
+
+    Args:
+        every_n_train_steps: Optimizer steps between two checkpoints.
+        save_top_k: 1 keeps only the newest, -1 keeps all.
+        dirpath: Folder; by default the run folder's ``checkpoints``.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+
+    Example:
+        >>> PeriodicCheckpoint(every_n_train_steps=500).save_last
+        'link'
+    """
+
+    def __init__(self, every_n_train_steps: int = 100, save_top_k: int = 1, dirpath: str | None = None) -> None:
+        check_interval("every_n_train_steps", every_n_train_steps, 1)
+        check_choice("save_top_k", save_top_k, (1, -1))
+        super().__init__(
+            dirpath=dirpath, every_n_train_steps=every_n_train_steps, save_top_k=save_top_k, save_last="link"
+        )
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
+        save_now(self, trainer)

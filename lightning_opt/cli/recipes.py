@@ -1,0 +1,132 @@
+"""``lightning-opt recipes``: list, show and copy the ready-made runs."""
+
+import argparse
+import shutil
+import sys
+import textwrap
+from pathlib import Path
+
+from lightning_opt.registry import register_command
+
+from .errors import UserError, did_you_mean
+
+FOLDER = Path(__file__).parents[1] / "recipes"
+HEADER_KEYS = ("shows", "method", "data", "command", "result", "minutes")
+
+
+@register_command("recipes", summary="list, show or copy the ready-made runs")
+def recipes(arguments: list[str]) -> int:
+    """Run ``lightning-opt recipes list | show NAME | copy NAME DEST``.
+
+    Args:
+        arguments: The words after ``recipes``.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        UserError: If a recipe does not exist or the copy's destination does.
+    """
+    parser = argparse.ArgumentParser("lightning-opt recipes", description="The ready-made runs.")
+    actions = parser.add_subparsers(dest="action", required=True)
+    actions.add_parser("list", help="a table of all recipes")
+    actions.add_parser("show", help="print one recipe").add_argument("name")
+    copy = actions.add_parser("copy", help="copy one recipe to a file of your own")
+    copy.add_argument("name")
+    copy.add_argument("destination", type=Path, metavar="DEST", help="a file, or a folder that exists")
+    copy.add_argument("--force", action="store_true", help="overwrite DEST")
+    options = parser.parse_args(arguments)
+    if options.action == "list":
+        sys.stdout.write(recipe_table(shutil.get_terminal_size((160, 24)).columns))
+    elif options.action == "show":
+        sys.stdout.write(recipe_path(options.name).read_text())
+    else:
+        copy_recipe(options.name, options.destination, force=options.force)
+    return 0
+
+
+def recipe_names() -> list[str]:
+    """The names of all recipes: paths below the recipe folder without suffix, sorted."""
+    return sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.rglob("*.yaml"))
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a recipe.
+
+    Raises:
+        UserError: If there is no recipe of this name; offers the nearest.
+    """
+    names = recipe_names()
+    if name not in names:
+        raise UserError(
+            f"no recipe is named {name!r}.{did_you_mean(nearest_recipes(name, names))}"
+            " `lightning-opt recipes list` shows them all."
+        )
+    return FOLDER / f"{name}.yaml"
+
+
+def recipe_header(path: Path) -> dict[str, str]:
+    """The ``# key: value`` lines at the top of a recipe."""
+    header = {}
+    for line in path.read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        key, _, value = line.lstrip("# ").partition(":")
+        header[key] = value.strip()
+    return header
+
+
+def nearest_recipes(name: str, names: list[str]) -> list[str]:
+    """The recipes whose full or last name is nearest to a misspelt one."""
+    from lightning_opt._checks import nearest  # imports torch
+
+    by_last = nearest(name.rpartition("/")[2], {n.rpartition("/")[2] for n in names})
+    return nearest(name, names) or [n for n in names if n.rpartition("/")[2] in by_last]
+
+
+def recipe_table(width: int) -> str:
+    """The recipes as a table at most ``width`` characters wide, its two columns of prose wrapped."""
+    columns = ("name", "method", "data", "shows", "result", "minutes")
+    rows = [columns] + [
+        tuple({"name": name, **recipe_header(FOLDER / f"{name}.yaml")}.get(c, "") for c in columns)
+        for name in recipe_names()
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    fixed = sum(widths) - widths[3] - widths[4] + 2 * (len(columns) - 1)
+    prose = max(20, (width - fixed) // 2)
+    widths[3], widths[4] = min(widths[3], prose), min(widths[4], prose)
+    lines = []
+    for row in rows:
+        cells = [textwrap.wrap(cell, w) or [""] for cell, w in zip(row, widths, strict=True)]
+        for i in range(max(map(len, cells))):
+            line = "  ".join((c[i] if i < len(c) else "").ljust(w) for c, w in zip(cells, widths, strict=True))
+            lines.append(line.rstrip() + "\n")
+    return "".join(lines)
+
+
+def copy_recipe(name: str, destination: Path, *, force: bool = False) -> Path:
+    """Copy a recipe to a file that ``--config`` takes, its ``command`` line adapted.
+
+    Args:
+        name: The recipe.
+        destination: A file, or a folder that exists.
+        force: Overwrite an existing file.
+
+    Returns:
+        The file written.
+
+    Raises:
+        UserError: If the recipe does not exist, the file does, or it cannot be written.
+    """
+    source = recipe_path(name)
+    path = destination / source.name if destination.is_dir() else destination
+    if path.exists() and not force:
+        raise UserError(f"{path} exists; --force overwrites it.")
+    shown = path if path.is_absolute() else f"./{path}"
+    old, new = recipe_header(source)["command"], f"lightning-opt fit --config {shown}"
+    try:
+        path.write_text(source.read_text().replace(f"# command: {old}", f"# command: {new}", 1))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}.") from error
+    print(f"{path}: run it with `{new}`")
+    return path

@@ -1,0 +1,126 @@
+"""Run folders: where a fit writes, and where the newest checkpoint is.
+
+Every fit has its own folder ``<root>/<name>/version_<N>``, which holds ``config.yaml``, ``checkpoints/`` and what the
+default logger and the report write.
+"""
+
+import re
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch.utilities import rank_zero_only
+
+from .errors import UserError, import_class
+
+
+def new_run_folder(root: str, name: str) -> Path:
+    """Make the next free run folder, also when two fits start at once.
+
+    Args:
+        root: The Trainer's ``default_root_dir``.
+        name: Name of the run; may hold slashes.
+
+    Returns:
+        The folder; only rank 0 makes it.
+
+    Raises:
+        UserError: If it cannot be made.
+    """
+    parent = Path(root) / name
+    if "://" in root:
+        raise UserError(f"trainer.default_root_dir must be a local folder, got {root!r}.")
+    numbers = [number for number, _ in _run_folders(parent)]
+    if getattr(rank_zero_only, "rank", 0) != 0:  # rank 0 made the folder before it started the others
+        return parent / f"version_{max(numbers, default=0)}"
+    number = max(numbers, default=-1) + 1
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                (folder := parent / f"version_{number}").mkdir()
+                return folder
+            except FileExistsError:
+                number += 1
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {parent} ({error.strerror}); choose another folder with --trainer.default_root_dir."
+        ) from error
+
+
+def newest_checkpoint(root: str, name: str) -> Path:
+    """The checkpoint to resume from: the furthest of the newest run folder that holds a readable one.
+
+    A file that a killed run left half-written is skipped with a warning in favor of the one before it. (Lightning
+    writes to a temporary file and moves it into place, which is atomic only within one file system.)
+
+    Args:
+        root: The Trainer's ``default_root_dir``.
+        name: Name of the run.
+
+    Returns:
+        Path of the checkpoint.
+
+    Raises:
+        UserError: If there is none.
+    """
+    parent = Path(root) / name
+    for _, folder in sorted(_run_folders(parent), reverse=True):
+        files = {path.resolve() for path in (folder / "checkpoints").glob("*.ckpt") if path.is_file()}
+        for path in sorted(files, key=_progress, reverse=True):
+            if zipfile.is_zipfile(path):  # its directory is at the end: a truncated file has none
+                return path
+            warnings.warn(f"{path} is not a complete checkpoint; trying the one before it.", stacklevel=2)
+    raise UserError(
+        f"--ckpt_path=last: no checkpoint in {parent}/version_*/checkpoints. Start without --ckpt_path, or give the"
+        " path of a checkpoint."
+    )
+
+
+def check_checkpoint(path: Path) -> None:
+    """Raise unless a checkpoint file exists and can be read.
+
+    Raises:
+        UserError: If not; says where the run folders are.
+    """
+    if not path.exists():
+        raise UserError(f"--ckpt_path={path}: no such file. --ckpt_path=last takes the newest of the run folders.")
+    if path.is_file() and not zipfile.is_zipfile(path):
+        raise UserError(
+            f"--ckpt_path={path}: not a complete checkpoint (cut off while it was written, or no checkpoint at all)."
+            " --ckpt_path=last takes the newest that is complete."
+        )
+
+
+def check_same_optimizer(path: Path, class_path: str) -> None:
+    """Raise if the config beside a checkpoint names another optimizer, whose state would not fit.
+
+    Raises:
+        UserError: If it does.
+    """
+    config_file = path.resolve().parent.parent / "config.yaml"
+    if not config_file.is_file():
+        return
+    config: Any = yaml.safe_load(config_file.read_text())
+    written_by = ((config or {}).get("optimizer") or {}).get("class_path", class_path)
+    if written_by != class_path and import_class(written_by) is not import_class(class_path):
+        raise UserError(
+            f"{path} was written with the optimizer {written_by.rpartition('.')[2]}, this run uses"
+            f" {class_path.rpartition('.')[2]}: resume with the same one, or start a new run without --ckpt_path."
+        )
+
+
+def _run_folders(parent: Path) -> list[tuple[int, Path]]:
+    return [
+        (int(match[1]), path)
+        for path in parent.glob("version_*")
+        if (match := re.fullmatch(r"version_(\d+)", path.name))
+    ]
+
+
+def _progress(path: Path) -> tuple[int, int]:
+    """The step in a checkpoint's name, then its age: what Lightning names the files by."""
+    match = re.search(r"step=(\d+)", path.name)
+    return int(match[1]) if match else -1, path.stat().st_mtime_ns
