@@ -1,6 +1,5 @@
 """AdaBelief (Zhuang et al., 2020, arXiv:2010.07468)."""
 
-import inspect
 import warnings
 from types import SimpleNamespace
 from typing import Any, Self
@@ -15,6 +14,7 @@ from lightning_opt.registry import register
 
 from ._base import Optimizer, Options
 from ._checks import check_betas
+from ._peers import from_peer
 from ._statistics import sample
 from ._tensor_list import select
 
@@ -216,24 +216,8 @@ class AdaBelief(Optimizer):
             A state dict of ours. Options that the other library keeps on its object (decoupled decay, rectification)
             are not in its checkpoint: give them to the constructor.
         """
-        names = {"weight_decouple": "decoupled", "ams_bound": "amsgrad"}
-        kept = set(inspect.signature(AdaBelief).parameters) | {"params", "param_names", "maximize"}
-        groups, states = [], dict(state_dict["state"])
-        for group in state_dict["param_groups"]:
-            renamed = {names.get(name, name): value for name, value in group.items()}
-            groups.append({name: value for name, value in renamed.items() if name in kept})
-            beta2, eps = group["betas"][1], group["eps"]
-            for number in group["params"]:
-                if number not in states:
-                    continue
-                state = states[number]
-                step = torch.as_tensor(state.get("step", group.get("step")), dtype=torch.float32).reshape(())
-                accumulated = eps * (1 - beta2 ** step.item()) / (1 - beta2)
-                v = (state["exp_avg_var"].double() - accumulated).clamp_min(0.0).to(state["exp_avg_var"].dtype)
-                states[number] = {"step": step, "exp_avg": state["exp_avg"], "exp_avg_var": v}
-                if "max_exp_avg_var" in state:
-                    states[number]["max_exp_avg_var"] = state["max_exp_avg_var"]
-        return {"state": states, "param_groups": groups}
+        renamed = {"weight_decouple": "decoupled", "ams_bound": "amsgrad"}
+        return from_peer(AdaBelief, state_dict, renamed, _without_accumulated_eps)
 
     @classmethod
     def cifar_cnn(cls, params: ParamsT, **changes: Any) -> Self:
@@ -280,3 +264,11 @@ class AdaBelief(Optimizer):
     def half_cheetah(cls, params: ParamsT, **changes: Any) -> Self:
         """The authors' settings for HalfCheetah: ``lr=1e-3``, ``eps=1e-12``, rectified."""
         return cls(params, **{"lr": 1e-3, "eps": 1e-12, "rectify": True, **changes})
+
+
+def _without_accumulated_eps(state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+    beta2, eps = group["betas"][1], group["eps"]
+    accumulated = eps * (1 - beta2 ** state["step"]) / (1 - beta2)
+    s = state["exp_avg_var"]
+    own = {"exp_avg": state["exp_avg"], "exp_avg_var": (s.double() - accumulated).clamp_min(0.0).to(s.dtype)}
+    return {**own, **{name: state[name] for name in ("max_exp_avg_var",) if name in state}}

@@ -12,6 +12,7 @@ from lightning_opt.registry import register
 
 from ._base import Optimizer, Options
 from ._checks import check_betas
+from ._peers import from_peer
 from ._statistics import sample
 
 
@@ -66,6 +67,7 @@ class DiffGrad(Optimizer):
     """
 
     state_names = ("exp_avg", "exp_avg_sq", "previous_grad")
+    _saturated = 0  # logged steps in a row; a copy of the optimizer starts anew
 
     def __init__(
         self,
@@ -93,7 +95,6 @@ class DiffGrad(Optimizer):
             "eps_mode": eps_mode,
             "amsgrad": amsgrad,
         }
-        self._saturated = 0
         super().__init__(params, defaults, **options)
 
     @override
@@ -165,9 +166,10 @@ class DiffGrad(Optimizer):
                 if not state or p.grad is None:
                     continue
                 g, previous = sample(p.grad).float(), sample(state["previous_grad"]).float()
+                g = -g if group["maximize"] else g
                 if not group["decoupled"]:
                     g = g + group["weight_decay"] * sample(p).float()
-                change = (previous - (-g if group["maximize"] else g)).abs()
+                change = (previous - g).abs()
                 if group["friction"] == "relative":
                     c = self.coefficients(state["step"].double() + 1, group["lr"], group)
                     v = c["beta2"] * sample(state["exp_avg_sq"]).float() + c["weight2"] * g * g
@@ -187,3 +189,30 @@ class DiffGrad(Optimizer):
                 'consider friction="relative"'
             )
         return None
+
+    @staticmethod
+    def from_peer_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Turn a checkpoint of another library's diffGrad into one that ``load_state_dict`` takes.
+
+        The run continues with ``eps_mode="authors"``, as the other libraries have it.
+
+        Args:
+            state_dict: ``state_dict()`` of ``pytorch_optimizer.DiffGrad`` or ``torch_optimizer.DiffGrad``.
+
+        Returns:
+            A state dict of ours.
+
+        Raises:
+            ValueError: If it was made with an option that we do not have.
+        """
+        for group in state_dict["param_groups"]:
+            for option in ("rectify", "fixed_decay", "adanorm"):
+                if group.get(option):
+                    raise ValueError(f"the checkpoint was made with {option}=True, which DiffGrad does not have")
+        renamed = {"weight_decouple": "decoupled", "ams_bound": "amsgrad"}
+        out = from_peer(DiffGrad, state_dict, renamed, _own_tensors)
+        return {**out, "param_groups": [{**group, "eps_mode": "authors"} for group in out["param_groups"]]}
+
+
+def _own_tensors(state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+    return {name: state[name] for name in (*DiffGrad.state_names, "max_exp_avg_sq") if name in state}
