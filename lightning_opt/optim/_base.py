@@ -477,5 +477,6 @@ def _state_dtype(p: Tensor, option: Any, name: str) -> torch.dtype:
 
 def _naming(group: dict[str, Any], parameter: Tensor) -> str:
     """`` (parameter 'name')`` where the group knows names."""
-    names = group.get("param_names") or []
-    return next((f" (parameter {n!r})" for n, p in zip(names, group["params"], strict=True) if p is parameter), "")
+    names = group.get("param_names") or [None] * len(group["params"])
+    name = next(n for n, p in zip(names, group["params"], strict=True) if p is parameter)
+    return f" (parameter {name!r})" if name else ""
