@@ -1,31 +1,32 @@
-"""What the Triton kernels need, asked without importing triton."""
+"""What the Triton kernels need."""
 
 import functools
-import importlib.util
 
 import torch
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_OLDEST = (3, 4)  # the first with tuples of constants
 
 
 def unsupported(dtype: torch.dtype) -> str | None:
-    """Why tensors of a dtype cannot be updated by the Triton kernels.
-
-    Args:
-        dtype: dtype of the parameters.
-
-    Returns:
-        A reason to show to the user, or None where the kernels can be used. Costs nothing after the first call.
+    """Why parameters of this dtype have no Triton kernel, or None if they have. Imports triton.
 
     Example:
-        >>> unsupported(torch.int64)
-        'the Triton kernels have no torch.int64'
+        >>> unsupported(torch.float64)
+        'the Triton kernels support float32, bfloat16 and float16, not float64'
     """
     if dtype not in DTYPES:
-        return f"the Triton kernels have no {dtype}"
-    return None if _has_triton() else "triton is not installed: pip install 'lightning-opt[triton]'"
+        name = str(dtype).removeprefix("torch.")
+        return f"the Triton kernels support float32, bfloat16 and float16, not {name}"
+    return _missing()
 
 
 @functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _missing() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return "triton is not installed: pip install 'lightning-opt[triton]'"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < _OLDEST:
+        return f"triton {triton.__version__} is too old: the kernels need {_OLDEST[0]}.{_OLDEST[1]}, as of torch 2.8"
+    return None
