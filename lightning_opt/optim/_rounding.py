@@ -39,13 +39,17 @@ def stream(step: float | Tensor, tensor: int, slot: int) -> int | Tensor:
 def round_stochastically(value: Tensor, stream: int | Tensor) -> Tensor:
     """Round float32 to bfloat16, up with the probability that makes the mean exact; inf and NaN stay.
 
+    Args:
+        value: Dense, in any order of dimensions.
+        stream: What :func:`stream` returned.
+
     Example:
         >>> x = torch.full((10_000,), 1 + 2**-8)  # half of the way from 1 to the next bfloat16
         >>> round((round_stochastically(x, stream(1, 0, 0)).float() > 1).float().mean().item(), 1)
         0.5
     """
-    index = torch.arange(value.numel(), device=value.device).reshape(value.shape)
-    noise = _mix((index + stream) & _MASK) & 0xFFFF  # type: ignore[operator]
+    place = torch.arange(value.numel(), device=value.device).as_strided(value.shape, value.stride())  # in memory
+    noise = _mix((place + stream) & _MASK) & 0xFFFF  # type: ignore[operator]
     bits = value.contiguous().view(torch.int32).to(torch.int64) & _MASK
     rounded = (((bits + noise) & 0xFFFF0000) + (1 << 31)) % (1 << 32) - (1 << 31)  # back to the range of int32
     return torch.where(value.isfinite(), rounded.to(torch.int32).view(torch.float32), value).to(torch.bfloat16)
