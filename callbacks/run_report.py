@@ -68,6 +68,7 @@ class RunReport(pl.Callback):
         self._started: float | None = None
         self._seen: dict[str, Any] = {}
         self._used_rates: dict[str, float] = {}
+        self._fresh = False  # whether nothing has been logged yet since training started
         self._due = False  # whether the Trainer holds values that are not in the curves yet
         self._page: Page | None = None
 
@@ -85,7 +86,7 @@ class RunReport(pl.Callback):
         if any(curve.last[0] > trainer.global_step for curve in [*self._metrics.values(), *self._rates.values()]):
             self._metrics, self._rates, self._seconds = {}, {}, 0.0  # of another run
         self._started = time.monotonic()
-        self._seen = last_values(trainer)
+        self._fresh = True
 
     @override
     def on_before_optimizer_step(
@@ -108,12 +109,12 @@ class RunReport(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._read_if_due(trainer)
+        self._catch_up(trainer)
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._stage == "fit" and not trainer.sanity_checking:
-            self._read_if_due(trainer)
+            self._catch_up(trainer)
             self._seen = last_values(trainer)
 
     @override
@@ -123,21 +124,23 @@ class RunReport(pl.Callback):
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._read_if_due(trainer)
+        self._catch_up(trainer)
         self._due = True  # the values of the epoch are still being logged
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._read_if_due(trainer)
+        self._catch_up(trainer)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._read_if_due(trainer)
+        self._catch_up(trainer)
 
-    def _read_if_due(self, trainer: pl.Trainer) -> None:
-        if self._due:
-            self._due = False
+    def _catch_up(self, trainer: pl.Trainer) -> None:
+        if self._fresh:  # what the Trainer holds at the beginning was logged before, by the run that is resumed
+            self._seen = last_values(trainer)
+        elif self._due:
             self._read(trainer, last_values(trainer))
+        self._fresh = self._due = False
 
     def _read(self, trainer: pl.Trainer, values: dict[str, Any]) -> None:
         """Append what is new since the last time: a new value is a new object."""
@@ -186,7 +189,7 @@ class RunReport(pl.Callback):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if self._stage == "fit" and self._started is not None:
-            self._read_if_due(trainer)
+            self._catch_up(trainer)
             if isinstance(exception, KeyboardInterrupt):
                 self._finish(trainer, "interrupted")
             else:
