@@ -71,14 +71,12 @@ def write_idx(path: str | os.PathLike[str], values: Tensor) -> None:
         path: The file to write; one that is there is replaced.
         values: uint8, int8, int16, int32, float32 or float64; anything else raises ``ValueError``.
     """
-    dtype = values.numpy().dtype.newbyteorder(">")
-    codes = [code for code, known in _DTYPES.items() if known == dtype]
-    if not codes:
-        raise ValueError(
-            f"values must have a dtype that IDX knows (uint8, int8, int16, int32, float32, float64), got {values.dtype}"
-        )
-    header = struct.pack(f">BBBB{values.ndim}I", 0, 0, codes[0], values.ndim, *values.shape)
-    content = header + values.numpy().astype(dtype).tobytes()
+    codes = {f"torch.{dtype.name}": code for code, dtype in _DTYPES.items()}
+    if str(values.dtype) not in codes:
+        raise ValueError(f"values must be of one of the dtypes {', '.join(codes)}; got {values.dtype}")
+    code = codes[str(values.dtype)]
+    header = struct.pack(f">BBBB{values.ndim}I", 0, 0, code, values.ndim, *values.shape)
+    content = header + values.numpy().astype(_DTYPES[code]).tobytes()
     Path(path).write_bytes(gzip.compress(content, mtime=0) if str(path).endswith(".gz") else content)
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .fetch import ENVIRONMENT, DataNotFoundError, PublishedFile, cache_folder, fetch_file, find_file, local_folders
 from .idx import CorruptDataError, read_idx
-from .image_data_module import ImageDataModule, Split
+from .image_data_module import ImageDataModule, Split, splits_of
 
 
 class IdxImages(ImageDataModule):
@@ -49,11 +49,7 @@ class IdxImages(ImageDataModule):
 
     def prepare_data(self) -> None:
         """Fetch what the stage needs and no folder holds."""
-        training: list[Split] = ["train"]
-        testing: list[Split] = ["test"]
-        stage = self.trainer.state.fn if self.trainer is not None else None
-        splits = {"fit": training, "validate": training, "test": testing, "predict": testing}
-        for split in splits.get(str(stage), training + testing):
+        for split in splits_of(self.trainer.state.fn if self.trainer is not None else None):
             for file in self.files[split]:
                 if find_file(file.name, self._local_folders()) is None:
                     try:

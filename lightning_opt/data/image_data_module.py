@@ -38,7 +38,8 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
     Args:
         batch_size: Images in a training batch.
         eval_batch_size: Images in a batch of validation, test and prediction.
-        val_size: Share (float below 1) or number (int) of the training images to validate on; 0 for none.
+        val_size: Share (float below 1) or number (int) of the training images to validate on. To train without
+            validation set the Trainer's ``limit_val_batches=0``.
         train_size: Train on a stratified subset of this many images; ``None`` for all that validation leaves. A
             smaller subset is part of a larger one.
         seed: Seed of the order of the training batches.
@@ -89,11 +90,14 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
         super().__init__()
         check_interval("batch_size", batch_size, 1)
         check_interval("eval_batch_size", eval_batch_size, 1)
-        check_interval("val_size", val_size, 0)
-        if isinstance(val_size, float) and val_size >= 1:
-            raise ValueError(f"val_size must be a share below 1 or a whole number of images, got {val_size}")
+        if isinstance(val_size, float):
+            check_interval("val_size as a share", val_size, 0, 1, closed="()")
+        else:
+            check_interval("val_size", val_size, 1)
         if train_size is not None:
             check_interval("train_size", train_size, 1)
+        check_interval("seed", seed, 0)
+        check_interval("split_seed", split_seed, 0)
         check_interval("num_workers", num_workers, 0)
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -125,18 +129,19 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
 
     def setup(self, stage: str | None = None) -> None:
         """Read what a stage needs (``"fit"``, ``"validate"``, ``"test"``, ``"predict"``), all for ``None``."""
-        if stage in ("fit", "validate", None) and self.train_set is None:
+        splits = splits_of(stage)
+        if "train" in splits and self.train_set is None:
             self._split(*self.load("train"))
-        if stage in ("test", "predict", None) and self.test_set is None:
+        if "test" in splits and self.test_set is None:
             self.test_set = ImageDataset(*self.load("test"), self)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """The training images in an order that depends on ``seed`` and the epoch."""
         return self._loader(self.train_set, self.batch_size, shuffle=True, drop_last=self.drop_last)
 
-    def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+    def val_dataloader(self) -> DataLoader[Batch]:
         """The validation images, in their order in the data."""
-        return self._loader(self.val_set, self.eval_batch_size) if self.val_size else []
+        return self._loader(self.val_set, self.eval_batch_size)
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """The test images, in their order in the data."""
@@ -149,7 +154,7 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
     def _split(self, images: Tensor, labels: Tensor) -> None:
         val = round(self.val_size * len(labels)) if isinstance(self.val_size, float) else self.val_size
         train = len(labels) - val if self.train_size is None else self.train_size
-        if train < 1 or val + train > len(labels):
+        if min(val, train) < 1 or val + train > len(labels):
             raise MisconfigurationException(
                 f"{type(self).__name__} has {len(labels)} images for training and validation: val_size={self.val_size}"
                 f" takes {val} and leaves {max(len(labels) - val, 0)}, train_size={self.train_size} asks for"
@@ -171,7 +176,7 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
             warnings.filterwarnings("ignore", ".*does not have many workers.*", category=PossibleUserWarning)
         return ResumableLoader(
             dataset,
-            batch_size,
+            batch_size=batch_size,
             shuffle=shuffle,
             seed=self.seed,
             drop_last=drop_last,
@@ -210,6 +215,13 @@ class ImageDataset(Dataset[Batch]):
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         chosen = torch.as_tensor(indices)
         return self.images[chosen].to(torch.float32).mul_(self.scale).add_(self.shift), self.labels[chosen]
+
+
+def splits_of(stage: str | None) -> tuple[Split, ...]:
+    """The splits that a stage of the Trainer reads; all for ``None``."""
+    if stage in ("fit", "validate"):
+        return ("train",)
+    return ("test",) if stage in ("test", "predict") else ("train", "test")
 
 
 def stratified_order(labels: Tensor, seed: int) -> Tensor:
