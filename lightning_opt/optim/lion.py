@@ -122,9 +122,10 @@ class LionK(Optimizer):
     def validate(self, group: dict[str, Any]) -> None:
         check_betas(group["betas"])
         check_interval("weight_decay", group["weight_decay"], 0.0)
-        if float(group["lr"]) * group["weight_decay"] > 1:
+        shrink = torch.as_tensor(group["lr"]).item() * group["weight_decay"]
+        if shrink > 1:
             raise ValueError(
-                f"lr * weight_decay must be at most 1, got {float(group['lr']) * group['weight_decay']}: "
+                f"lr * weight_decay must be at most 1, got {shrink}: "
                 "a step would overshoot the constraint set"
             )
         if callable(group["kernel"]):
@@ -180,6 +181,7 @@ class LionK(Optimizer):
             u = _each(lambda t: t / t.square().mean().sqrt().clamp_min(torch.finfo(t.dtype).tiny), u)
         if cautious:
             u = _each(_cautious, u, g)
+        u = u + 0.0 * z  # the sign of NaN is 0, and that of inf is finite: what is wrong must show
         if cautious_weight_decay:
             p.mul_(1 - c.decay * (u * p > 0)).sub_(c.size * u)
         else:
@@ -199,10 +201,12 @@ class LionK(Optimizer):
 
         ``phase1_dist``: largest distance of :math:`\lambda x` to the domain of :math:`K^*` over tensors, in its gauge.
         ``at_bound_fraction``: share of coordinates with :math:`|\lambda x| > 0.99`. ``stationarity``: root mean
-        square of :math:`\partial K(m) + \lambda x`, zero at a fixed point. ``lyapunov``, given the (stochastic) loss:
-        the function of arXiv:2310.05898, equation 11, in units of the loss; infinite outside the domain.
+        square of :math:`\partial K(m) + \lambda x`, zero at a fixed point. ``radius``, with ``auto_scale``: the largest
+        factor by which it scales a tensor's domain. ``lyapunov``, given the (stochastic) loss: the function of
+        arXiv:2310.05898, equation 11, in units of the loss; infinite outside the domain, and left out where K changes
+        with the step (``auto_scale``, relative ``e``).
         """
-        distances, bounds, residuals = [], [], []
+        distances, bounds, residuals, radii = [], [], [], []
         potential: Tensor | None = loss.detach().float() if loss is not None else None
         for group in self.param_groups:
             decay = group["weight_decay"]
@@ -214,10 +218,16 @@ class LionK(Optimizer):
                 x = decay * p.detach().float()
                 state = self.state.get(p)
                 m = state["exp_avg"].float() if state else torch.zeros_like(x)
-                gauge = k.gauge(x, args)
+                gauge, u = k.gauge(x, args), direction(m, group["kernel"], args)
+                if group["auto_scale"]:
+                    size = u.square().mean().sqrt()
+                    radii.append(torch.where(size > 0, 1 / size, 1.0))
+                    gauge, u = gauge / radii[-1], u * radii[-1]
                 distances.append((gauge - 1).clamp_min(0))
                 bounds.append(sample(x).abs() > 0.99)
-                residuals.append(sample(direction(m, group["kernel"], args) + x))
+                residuals.append(sample(u + x))
+                if group["auto_scale"] or args.get("relative"):
+                    potential = None
                 if potential is not None:
                     potential = potential + _lyapunov(x, m, gauge, k, args, group)
         if not distances:
@@ -227,7 +237,28 @@ class LionK(Optimizer):
             "at_bound_fraction": torch.cat(bounds).float().mean(),
             "stationarity": torch.cat(residuals).square().mean().sqrt(),
         }
+        if radii:
+            out["radius"] = torch.stack(radii).amax()
         return out if potential is None else {**out, "lyapunov": potential}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict.
+
+        Raises:
+            ValueError: If it was saved with a function as kernel that this optimizer was not constructed with.
+        """
+        for group in state_dict["param_groups"]:
+            kernel = group.get("kernel", "sign")
+            if kernel not in KERNELS and kernel not in self._functions:
+                raise ValueError(
+                    f"the state dict was saved with the function {kernel!r} as kernel, which it does not hold: "
+                    "construct the optimizer with that function, then load"
+                )
+        super().load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_functions": self._functions}
 
 
 @register(
@@ -304,12 +335,11 @@ def _lyapunov(x: Tensor, m: Tensor, gauge: Tensor, k: Any, args: dict[str, Any],
     r"""The terms of :math:`H / \alpha` beside the loss; x is scaled by the decay.
 
     With alpha = gamma = (1 - beta2) / lr: in the paper's continuous time a step lasts lr, so eps * gamma = 1 - beta1
-    and eps = lr (1 - beta1) / (1 - beta2).
+    and eps, here ``lead``, is lr (1 - beta1) / (1 - beta2).
     """
     (beta1, beta2), lr, decay = group["betas"], group["lr"], group["weight_decay"]
-    gamma = (1 - beta2) / lr
     lead = lr * (1 - beta1) / (1 - beta2)
-    weight = beta1 / (1 + lead * decay) / gamma
+    weight = beta1 / (1 + lead * decay) * lr / (1 - beta2)
     conjugate = k.conjugate(x, args)
     # Our momentum is minus the paper's, so - lambda m.x becomes + m.x here; K is even.
     value = conjugate / decay + weight * (conjugate + k.value(m, args) + (m * x).sum())

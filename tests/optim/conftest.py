@@ -1,8 +1,10 @@
 """What the optimizers' tests share."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 BACKENDS = {"loop": {"fused": False, "foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
 
@@ -11,3 +13,12 @@ BACKENDS = {"loop": {"fused": False, "foreach": False}, "foreach": {"foreach": T
 def backend(request: pytest.FixtureRequest) -> dict[str, Any]:
     """The keyword arguments that choose one way to compute the update."""
     return BACKENDS[request.param]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small matrices are quicker on one thread, by far on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
