@@ -22,6 +22,7 @@ def lion(*, kernel: str) -> Callable[..., Any]:
             direction = z / sqrt(z * z + c.e * c.e)
         else:  # quadratic
             direction = z
+        direction = direction + type(z)(0) * z  # the sign of NaN is 0, and that of inf is finite: it must show
         return p * c.shrink - c.size * direction, state.exp_avg * c.beta2 + c.weight2 * g
 
     return update
