@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import GradClipAlgorithmType
 
 Facts = list[tuple[str, str]]
 PACKAGES = ("lightning-opt", "torch", "lightning", "torchmetrics", "numpy", "numba", "triton")
@@ -32,7 +33,7 @@ def optimizer_facts(trainer: pl.Trainer) -> Facts:
 
 def trainer_facts(trainer: Any) -> Facts:
     """How the Trainer was set up."""
-    clip = f"{trainer.gradient_clip_val} ({trainer.gradient_clip_algorithm or 'norm'})"
+    algorithm = GradClipAlgorithmType(trainer.gradient_clip_algorithm or "norm").value
     data = type(trainer.datamodule).__name__ if trainer.datamodule is not None else "loaders"
     return [
         ("module", type(trainer.lightning_module).__name__),
@@ -40,7 +41,7 @@ def trainer_facts(trainer: Any) -> Facts:
         ("devices", f"{trainer.world_size} x {trainer.strategy.root_device.type}, {type(trainer.strategy).__name__}"),
         ("precision", str(trainer.precision)),
         ("gradient accumulation", str(trainer.accumulate_grad_batches)),
-        ("gradient clipping", clip if trainer.gradient_clip_val else "none"),
+        ("gradient clipping", f"{trainer.gradient_clip_val} ({algorithm})" if trainer.gradient_clip_val else "none"),
         ("callbacks", ", ".join(type(callback).__name__ for callback in trainer.callbacks)),
     ]
 

@@ -3,6 +3,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -78,9 +79,10 @@ class OptimizerMonitor(pl.Callback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.gradient_clip_val:
+            algorithm = GradClipAlgorithmType(trainer.gradient_clip_algorithm or "norm").value
             for optimizer in trainer.optimizers:
                 if hasattr(optimizer, "check_clipping"):
-                    self._warn_once(optimizer.check_clipping(str(trainer.gradient_clip_algorithm or "norm")))
+                    self._warn_once(optimizer.check_clipping(algorithm))
 
     @override
     def on_train_batch_start(

@@ -192,7 +192,7 @@ def test_the_page_and_the_picture(tmp_path, capsys):
     # nothing is fetched from elsewhere: the only addresses are names of XML namespaces
     outside = re.findall(r'(?:src|href|url)\s*[=(]\s*["\']?(?!data:|#)([^"\')\s>]+)', page)
     assert outside == []
-    assert {address for address in re.findall(r'https?://[^"\s<]+', page)} <= {
+    assert set(re.findall(r'https?://[^"\s<]+', page)) <= {
         "http://www.w3.org/2000/svg",
         "http://www.w3.org/1999/xlink",
     }
