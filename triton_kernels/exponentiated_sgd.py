@@ -22,6 +22,7 @@ def exponentiated_sgd(p, g, states, coefficients, FLAGS: tl.constexpr):
     if has_momentum:
         buffer = states[0] * keep + enter * g
         g = g + momentum * buffer if nesterov else buffer
+        g = g + 0.0 * buffer  # NaN where it is infinite: clamped below, it would stay unseen
     if variant == "eg":
         p = s * maximum(times_exp(tl.abs(p), -clamp(lr * s * g, limit)), floor)
     elif variant == "gd_sign":

@@ -27,4 +27,5 @@ def lion(p, g, states, coefficients, FLAGS: tl.constexpr):
     else:
         tl.static_assert(kernel == "quadratic")
         u = z
+    u = u + 0.0 * z  # the sign of NaN is 0, and that of inf is finite: what is wrong must show
     return p * shrink - size * u, (states[0] * beta2 + weight2 * g,)

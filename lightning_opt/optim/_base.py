@@ -1,7 +1,8 @@
 """The base of our optimizers: torch.optim conventions, state that keeps its dtype, one update on several backends."""
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, ClassVar, Literal, TypedDict
 
@@ -240,7 +241,7 @@ class Optimizer(TorchOptimizer):
             hook(self)
         first = 0
         for group in self.param_groups:
-            with torch.set_grad_enabled(group["differentiable"]):
+            with _differentiable() if group["differentiable"] else torch.no_grad():
                 for key, batch in self._batches(group, first).items():
                     self._step_batch(group, key[0], batch)
             first += len(group["params"])
@@ -377,8 +378,6 @@ class Optimizer(TorchOptimizer):
         work = [p.to(dtype) for p in params]
         g = [(-x if group["maximize"] else x).to(dtype) for x in grads]
         states = {name: [tensors[i] for i in chosen] for name, tensors in batch.states.items()}
-        if group["differentiable"]:  # autograd must find the old values as they were
-            states = {name: [t.clone() for t in tensors] for name, tensors in states.items()}
         worked = {name: [t.to(dtype) for t in tensors] for name, tensors in states.items()}
         self.update(
             as_operand(work),
@@ -394,10 +393,6 @@ class Optimizer(TorchOptimizer):
                 if value is not target:
                     key = stream(steps[i], batch.numbers[i], slot) if group["stochastic_rounding"] else None
                     store(target, value, key)
-        if group["differentiable"]:
-            for name, tensors in states.items():
-                for i, tensor in zip(chosen, tensors, strict=True):
-                    batch.entries[i][name] = tensor
 
     # --- helpers ---------------------------------------------------------------------------------------------------
 
@@ -436,7 +431,6 @@ class _Batch:
         self.grads: list[Tensor] = []
         self.states: dict[str, list[Tensor]] = {name: [] for name in names}
         self.steps: list[Tensor] = []
-        self.entries: list[dict[str, Tensor]] = []
 
     def add(self, number: int, p: Tensor, g: Tensor, tensors: list[Tensor], entry: dict[str, Tensor]) -> None:
         self.numbers.append(number)
@@ -446,16 +440,22 @@ class _Batch:
             column.append(tensor)
         if "step" in entry:
             self.steps.append(entry["step"])
-        self.entries.append(entry)
 
     def as_real(self) -> "_Batch":
         """The same tensors with complex numbers seen as pairs of real ones."""
         real = _Batch(self.states)
-        real.numbers, real.steps, real.entries = self.numbers, self.steps, self.entries
+        real.numbers, real.steps = self.numbers, self.steps
         real.params = [torch.view_as_real(p) for p in self.params]
         real.grads = [torch.view_as_real(g) for g in self.grads]
         real.states = {name: [torch.view_as_real(t) for t in column] for name, column in self.states.items()}
         return real
+
+
+@contextmanager
+def _differentiable() -> Iterator[None]:
+    """Let autograd find the values that it needs as they were before the updates in place."""
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda tensor: tensor):
+        yield
 
 
 def _by_step(steps: list[Any]) -> dict[Any, list[int]]:

@@ -82,7 +82,7 @@ class EGPlusMinus(Optimizer):
     @override
     def init_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         state = super().init_state(p, group)
-        w = p.detach().to(state["p"].dtype)
+        w = p.to(state["p"].dtype)
         if group["budget"] is None:
             larger = (w.abs() + (w.square() + group["beta"] ** 2).sqrt()) / 2
             smaller = group["beta"] ** 2 / 4 / larger  # = larger - |w| without its cancellation

@@ -186,6 +186,7 @@ class ExponentiatedSGD(ExponentiatedOptimizer):
         if momentum:
             state.momentum_buffer.mul_(c.keep).add_(c.enter * g)
             g = g + c.momentum * state.momentum_buffer if nesterov else state.momentum_buffer
+            g = g + 0.0 * state.momentum_buffer  # NaN where it is infinite: clamped below, it would stay unseen
         if variant == "eg":
             log_step = (c.lr * s * g).clamp(-c.limit, c.limit)
             p.copy_(s * (p.abs() * (-log_step).exp()).clamp_min(c.floor))
@@ -277,8 +278,9 @@ class ExponentiatedAdamW(ExponentiatedOptimizer):
         super().validate(group)
         check_betas(group["betas"])
         check_interval("eps", group["eps"], 0.0)
-        if float(group["lr"]) * group["weight_decay"] >= 1 and not group["additive"]:
-            raise ValueError(f"lr * weight_decay must be below 1, got {float(group['lr']) * group['weight_decay']}")
+        shrink = torch.as_tensor(group["lr"]).item() * group["weight_decay"]
+        if shrink >= 1 and not group["additive"]:
+            raise ValueError(f"lr * weight_decay must be below 1, got {shrink}")
 
     @override
     def states_of(self, group: dict[str, Any]) -> tuple[str, ...]:
