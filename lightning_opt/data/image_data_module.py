@@ -22,8 +22,8 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
     """Labeled images that fit into memory, as one tensor, with a stratified validation split.
 
     A batch is ``(images, labels)``: float32 ``[B, C, H, W]``, normalized, and int64 ``[B]``. It is one indexing
-    operation on the tensor of all images and one normalization, not a Python loop over images, which on a CPU would
-    take longer than the training step of a small network.
+    operation on the tensor of all images and one normalization, not a Python loop over images, which on a CPU takes
+    about as long as the training step of a small network.
 
     A subclass sets the class attributes below and reads the images in :meth:`load`; where they must be fetched first,
     it does so in ``prepare_data``, which Lightning calls on one process of each machine.
