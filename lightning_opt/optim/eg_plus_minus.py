@@ -132,9 +132,15 @@ class EGPlusMinus(Optimizer):
         for group in self.param_groups:
             for i, p in enumerate(group["params"]):
                 state = self.state.get(p)
-                if state and not torch.equal((state["p"] - state["q"]).to(p.dtype), p.detach()):
+                if state and not _make_up(p.detach(), state["p"], state["q"]):
                     name = group["param_names"][i] if group.get("param_names") else i
                     raise ValueError(
                         f"parameter {name} is not the difference of the loaded parts p and q: "
                         "load the model's weights of the same checkpoint first"
                     )
+
+
+def _make_up(w: Tensor, p: Tensor, q: Tensor) -> bool:
+    """Whether w = p - q up to the rounding of each."""
+    slack = torch.finfo(p.dtype).eps * torch.maximum(p, q).double() + torch.finfo(w.dtype).eps * w.abs().double()
+    return bool(((p.double() - q.double() - w.double()).abs() <= slack).all())

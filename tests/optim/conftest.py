@@ -15,8 +15,8 @@ def backend(request: pytest.FixtureRequest) -> dict[str, Any]:
     return BACKENDS[request.param]
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
     """Small matrices are quicker on one thread, by far on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -250,7 +250,6 @@ def test_lyapunov_function_decreases_along_the_continuous_dynamics():
     assert (np.diff(values) < 0).all()
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_weights_of_a_network_stay_in_the_box():
     images, labels = (torch.from_numpy(x) for x in load_digits(return_X_y=True))
     images, lr, steps = images.float() / 16, 1e-3, 690
