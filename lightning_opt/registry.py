@@ -174,7 +174,7 @@ def load_all() -> dict[str, str]:
 
 def _walk(package: str) -> Iterator[str]:
     for info in pkgutil.iter_modules(importlib.import_module(package).__path__, package + "."):
-        if info.name.rpartition(".")[2].startswith("__"):
+        if info.name.rpartition(".")[2].startswith("_"):
             continue
         yield info.name
         if info.ispkg:

@@ -1,5 +1,7 @@
 """The checkpoint callback that the command adds to every fit."""
 
+from typing import Any
+
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -34,5 +36,17 @@ class PeriodicCheckpoint(ModelCheckpoint):
             dirpath=dirpath, every_n_train_steps=every_n_train_steps, save_top_k=save_top_k, save_last="link"
         )
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
+    @property
+    def state_key(self) -> str:
+        """One key whatever the interval, so that a resumed run may choose another."""
+        return "PeriodicCheckpoint"
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *rest: Any) -> None:
+        """Save every N steps, and at ``max_steps`` before Lightning counts the epoch as over."""
+        super().on_train_batch_end(trainer, pl_module, *rest)
+        if trainer.global_step == trainer.max_steps:
+            save_now(self, trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save the end of the run."""
         save_now(self, trainer)

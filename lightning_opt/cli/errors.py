@@ -17,6 +17,7 @@ _WORDS = {
     "tuple with 2": "a list of two, written [a, b]",
     "dict": "a mapping",
 }
+_WRAPPERS = ("Does not validate against any of the Union subtypes", "Problem with given class_path")
 
 
 class UserError(Exception):
@@ -49,19 +50,20 @@ def explain(report: str, known_keys: list[str]) -> str:
     ) or report
 
 
-def refusal(error: Exception) -> UserError | None:
-    """The user's mistake behind an error in building what a config describes, or None for a defect.
+def culprit(error: Exception) -> BaseException:
+    """What to raise for an error in building what a config describes.
 
-    Constructors refuse a value with ``ValueError`` or ``MisconfigurationException``. jsonargparse wraps whatever they
-    raise into its report on the types that did not fit.
+    Constructors refuse a value with ``ValueError`` or ``MisconfigurationException``: the user's mistake. Anything else
+    is a defect, and is returned as it was raised. jsonargparse wraps both into its report on the types that did not
+    fit.
     """
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     cause: BaseException = error
-    while str(cause).startswith("Does not validate against any of the Union subtypes") and cause.__cause__ is not None:
+    while str(cause).startswith(_WRAPPERS) and cause.__cause__ is not None:
         cause = cause.__cause__
     if not isinstance(cause, (ValueError, MisconfigurationException)):
-        return None
+        return cause
     return UserError(f"{_builder(cause)}: {cause}".removeprefix(": "))
 
 

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.cli import SaveConfigCallback as LightningSaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 
@@ -29,7 +31,7 @@ from lightning_opt.callbacks import ResumeState, RunReport
 
 from . import arguments, runs
 from .checkpoint import PeriodicCheckpoint
-from .errors import UserError, explain, import_class, refusal
+from .errors import UserError, culprit, explain, import_class
 
 
 class LightningOptCLI(LightningCLI):
@@ -119,9 +121,9 @@ class LightningOptCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except Exception as error:
-            if (mistake := refusal(error)) is None:
-                raise
-            raise mistake from error
+            if self.run_folder is not None:
+                self.run_folder.rmdir()  # still empty
+            raise culprit(error) from None
 
     def after_instantiate_classes(self) -> None:
         """Give the model the optimizer and the scheduler of the config."""
@@ -146,6 +148,8 @@ class LightningOptCLI(LightningCLI):
         fit = self.subcommand == "fit"
         if fit:
             self._check_optimizer(config)
+        else:
+            warnings.filterwarnings("ignore", "Be aware that when using .ckpt_path., callbacks")  # of no use here
         if fit and not trainer.fast_dev_run:
             self.run_folder = runs.new_run_folder(str(trainer.default_root_dir), config.name)
             kwargs["default_root_dir"] = str(self.run_folder)
@@ -153,31 +157,29 @@ class LightningOptCLI(LightningCLI):
             kwargs["logger"] = self._default_logger(str(trainer.default_root_dir), config.name)
         given = trainer.callbacks or []
         given = list(given) if isinstance(given, list) else [given]
-        if fit:
-            kwargs["callbacks"] = given + self._own_callbacks(config, given)
+        kwargs["callbacks"] = given + self._own_callbacks(config, given)  # evaluation needs them to read a checkpoint
         return super().instantiate_trainer(**kwargs)
 
     def fit(self, **kwargs: Any) -> None:
         """Run ``Trainer.fit``; when interrupted, say how to go on."""
         try:
             self.trainer.fit(**kwargs)
-        except SystemExit:  # what Lightning makes of Ctrl-C and SIGTERM
-            if self.trainer.interrupted and self.run_folder is not None:
+        except SystemExit as error:  # what Lightning makes of Ctrl-C and SIGTERM
+            if not self.trainer.interrupted:
+                raise
+            if self.run_folder is not None:
                 _say(self._how_to_resume())
-            raise
+            number = signal.SIGTERM if isinstance(error, SIGTERMException) else signal.SIGINT
+            raise SystemExit(128 + number) from error
 
     def after_fit(self) -> None:
         """Evaluate the test set and say where everything lies."""
-        if self.config_init[self.subcommand].test_after_fit and self._has_test_data():
-            self.test_results = list(
-                self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=self._best_checkpoint())
-            )
-        newest = next((c for c in self._checkpoint_callbacks() if isinstance(c, PeriodicCheckpoint)), None)
-        if newest is not None and newest.best_model_path:
-            _result(f"checkpoint: {_relative(newest.best_model_path)}")
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, RunReport) and callback.path:
-                _result(f"report: {_relative(callback.path)}")
+        try:
+            if self.config_init[self.subcommand].test_after_fit and self._has_test_data():
+                best = self._best_checkpoint()
+                self.test_results = list(self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best))
+        finally:
+            self._say_where()
 
     def predict(self, **kwargs: Any) -> None:
         """Run ``Trainer.predict`` and save what it returns in a new run folder."""
@@ -219,6 +221,14 @@ class LightningOptCLI(LightningCLI):
         monitoring = (c for c in self._checkpoint_callbacks() if c.monitor is not None and c.best_model_path)
         return next((c.best_model_path for c in monitoring), None)
 
+    def _say_where(self) -> None:
+        newest = next((c for c in self._checkpoint_callbacks() if isinstance(c, PeriodicCheckpoint)), None)
+        if newest is not None and newest.best_model_path:
+            _result(f"checkpoint: {_relative(newest.best_model_path)}")
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, RunReport) and callback.path:
+                _result(f"report: {_relative(callback.path)}")
+
     def _has_test_data(self) -> bool:
         if not is_overridden("test_step", self.model):
             return False
@@ -244,7 +254,7 @@ class SaveConfig(LightningSaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
         if stage == "fit":
-            self.parser.save(self.config, str(Path(trainer.default_root_dir) / self.config_filename), skip_none=False)
+            self.parser.save(self.config, str(Path(trainer.default_root_dir) / self.config_filename), skip_unset=False)
 
 
 def build_optimizers(
@@ -359,6 +369,7 @@ def _quiet() -> Iterator[None]:
     log.addFilter(no_advertisement)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The dirpath has changed from")  # every fit has its own run folder
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.|jsonargparse")
         warnings.filterwarnings("ignore", ".*treespec, LeafSpec.* is deprecated")  # Lightning 2.6 with torch 2.13
         try:
             yield

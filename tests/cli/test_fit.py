@@ -1,0 +1,416 @@
+"""``fit`` and its companions: run folders, checkpoints, resume, optimizers and schedulers from a config."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from lightning_opt.callbacks import ResumeState, RunReport
+from lightning_opt.cli import LightningOptCLI, PeriodicCheckpoint, main
+from lightning_opt.cli.lightning_cli import build_optimizers
+from lightning_opt.cli.runs import newest_checkpoint
+
+RUNS = Path("runs/digits/quickstart")
+BORING = "lightning.pytorch.demos.boring_classes.BoringModel"
+with_a_plain_loader = pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers", "ignore:ResumeState. DataLoader"
+)
+
+
+def _weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def _checkpoint(version: int = 0) -> Path:
+    return (RUNS / f"version_{version}/checkpoints/last.ckpt").resolve()
+
+
+def test_a_fit_leaves_config_checkpoint_metrics_and_tests(fit, capsys) -> None:
+    assert fit() == 0
+    folder = RUNS / "version_0"
+    assert {path.name for path in folder.iterdir()} == {"config.yaml", "metrics.csv", "checkpoints"}
+    assert torch.load(_checkpoint(), weights_only=True)["global_step"] == 4
+    assert "train/loss" in (folder / "metrics.csv").read_text()
+    assert "test/accuracy" in (folder / "metrics.csv").read_text()
+    out = capsys.readouterr().out
+    assert "test/accuracy" in out
+    assert f"checkpoint: {_checkpoint().relative_to(Path.cwd())}\n" in out
+
+
+def test_every_fit_has_its_own_folder(fit) -> None:
+    assert [fit(), fit("--trainer.logger=false"), fit()] == [0, 0, 0]
+    assert sorted(path.name for path in RUNS.iterdir()) == ["version_0", "version_1", "version_2"]
+    assert {path.name for path in (RUNS / "version_1").iterdir()} == {"config.yaml", "checkpoints"}
+    assert Path("runs").exists()
+    assert {path.name for path in Path().iterdir()} == {"runs"}
+
+
+def test_the_saved_config_repeats_the_run(fit) -> None:
+    assert fit("--optimizer.lr=0.003", "--seed_everything=5") == 0
+    config = yaml.safe_load((RUNS / "version_0/config.yaml").read_text())
+    assert config["optimizer"]["init_args"]["lr"] == 0.003
+    assert config["name"] == "digits/quickstart"
+    assert main(["fit", f"--config={RUNS}/version_0/config.yaml"]) == 0
+    first, second = _weights(_checkpoint(0)), _weights(_checkpoint(1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@with_a_plain_loader
+def test_the_name_is_the_folder(fit) -> None:
+    assert fit("--name=mine", "--trainer.default_root_dir=elsewhere") == 0
+    assert Path("elsewhere/mine/version_0/config.yaml").exists()
+    Path("own.yaml").write_text(f"{{model: {{class_path: {BORING}}}, optimizer: {{class_path: SGD}}}}")
+    quick = [
+        "--trainer.max_steps=1",
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+        "--report=false",
+    ]
+    assert main(["fit", "--config=own.yaml", "--trainer.logger=false", *quick]) == 0
+    assert Path("runs/fit/version_0/config.yaml").exists()
+
+
+def test_own_callbacks_are_added_once(quick_cli) -> None:
+    given = ["--trainer.callbacks+=ResumeState", "--trainer.callbacks+=RunReport", "--report=true"]
+    callbacks = quick_cli(*given, "--trainer.fast_dev_run=true").trainer.callbacks
+    for kind in (ResumeState, RunReport, PeriodicCheckpoint):
+        assert sum(isinstance(callback, kind) for callback in callbacks) == 1
+
+
+def test_fast_dev_run_and_evaluation_write_nothing(fit) -> None:
+    assert fit("--trainer.fast_dev_run=true", "--report=true") == 0
+    assert main(["test", "--model.net.hidden=[8]", "--trainer.accelerator=cpu"]) == 0
+    assert main(["validate", "--model.net.hidden=[8]", "--trainer.accelerator=cpu"]) == 0
+    assert not list(Path().iterdir())
+
+
+def test_without_checkpointing(fit, capsys) -> None:
+    assert fit("--trainer.enable_checkpointing=false") == 0
+    assert not list(Path().rglob("*.ckpt"))
+    assert "checkpoint:" not in capsys.readouterr().out
+
+
+def test_no_test_after_fit(fit, capsys) -> None:
+    assert fit("--test_after_fit=false") == 0
+    assert "test/accuracy" not in capsys.readouterr().out
+
+
+def test_the_test_after_fit_takes_the_best_weights(quick_cli) -> None:
+    best = "[{class_path: ModelCheckpoint, init_args: {monitor: val/loss, mode: max, filename: best}}]"
+    cli = quick_cli(
+        f"--trainer.callbacks={best}", "--optimizer.lr=0.01"
+    )  # the best, having the largest loss, is the first
+    chosen = torch.load(cli.run_folder / "checkpoints/best.ckpt", weights_only=True)
+    assert chosen["global_step"] == 2
+    words = ["--model.net.hidden=[8]", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    tested = LightningOptCLI(["test", *words, f"--ckpt_path={cli.run_folder}/checkpoints/best.ckpt"])
+    assert float(tested.trainer.callback_metrics["test/loss"]) == cli.test_results[0]["test/loss"]
+
+
+# --- swapping classes ---
+
+
+def test_swapping_the_optimizer_keeps_what_it_knows_and_says_so(quick_cli, capsys) -> None:
+    Path("own.yaml").write_text(
+        "optimizer: {class_path: lightning_opt.optim.AdaBelief, init_args: {lr: 0.5, eps: 1.0e-9, rectify: true}}"
+    )
+    cli = quick_cli(
+        "--config=digits/quickstart", "--config=own.yaml", "--optimizer=Adam", "--trainer.fast_dev_run=true"
+    )
+    (group,) = cli.trainer.optimizers[0].param_groups
+    assert type(cli.trainer.optimizers[0]) is torch.optim.Adam
+    assert (group["lr"], group["eps"], group["betas"]) == (0.5, 1e-9, (0.9, 0.999))
+    assert (
+        "optimizer: Adam instead of AdaBelief; with lr=0.5, eps=1e-09; without rectify=True." in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--optimizer=SGD", "--optimizer.lr=0.25", "--optimizer.momentum=0.5"],
+        ["--optimizer.momentum=0.5", "--optimizer.lr", "0.25", "--optimizer", "SGD"],
+        ["--optimizer.momentum=0.5", "--optimizer=SGD", "--config=digits/quickstart", "--optimizer.lr=0.25"],
+    ],
+)
+def test_the_order_of_words_does_not_matter(words: list[str], quick_cli) -> None:
+    optimizer = quick_cli(*words, "--trainer.fast_dev_run=true").trainer.optimizers[0]
+    assert type(optimizer) is torch.optim.SGD
+    assert (optimizer.defaults["lr"], optimizer.defaults["momentum"]) == (0.25, 0.5)
+
+
+def test_a_later_config_overrides_an_earlier_one_class_included(quick_cli) -> None:
+    Path("own.yaml").write_text("optimizer: {class_path: torch.optim.SGD, init_args: {momentum: 0.5}}")
+    words = ["--config=digits/quickstart", "--config=own.yaml", "--trainer.fast_dev_run=true"]
+    optimizer = quick_cli(*words).trainer.optimizers[0]
+    lr = yaml.safe_load((Path(__file__).parents[2] / "recipes/digits/quickstart.yaml").read_text())["optimizer"]
+    assert type(optimizer) is torch.optim.SGD
+    assert optimizer.defaults["lr"] == lr["init_args"]["lr"]
+
+
+def test_a_short_name_means_ours_even_if_another_package_has_it_too(quick_cli, monkeypatch) -> None:
+    peer = type("AdaBelief", (torch.optim.SGD,), {"__module__": "lightning.pytorch.demos"})
+    monkeypatch.setattr("lightning.pytorch.demos.AdaBelief", peer, raising=False)
+    cli = quick_cli("--optimizer=AdaBelief", "--optimizer.lr=0.1", "--trainer.fast_dev_run=true")
+    assert type(cli.trainer.optimizers[0]).__module__ == "lightning_opt.optim.adabelief"
+
+
+# --- what the optimizer and the scheduler get ---
+
+
+class Groups(torch.optim.SGD):
+    @classmethod
+    def param_groups_for(cls, module: nn.Module) -> list[dict]:
+        named = dict(module.named_parameters())
+        return [{"params": [named["0.weight"]], "momentum": 0.5}, {"params": [named["0.bias"]]}]
+
+
+class Warmup(torch.optim.lr_scheduler.LinearLR):
+    interval = "step"
+
+
+class Plateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
+    monitor = "val/loss"
+
+
+def _build(optimizer: type, scheduler: type | None = None, interval: str | None = None, **init_args) -> dict:
+    from jsonargparse import Namespace
+
+    def spec(cls: type, **arguments) -> Namespace:
+        return Namespace(class_path=f"{cls.__module__}.{cls.__qualname__}", init_args=Namespace(arguments))
+
+    module = pl.LightningModule()
+    module.add_module("0", nn.Linear(2, 2))
+    module.add_module("1", nn.Linear(2, 2).requires_grad_(False))
+    return build_optimizers(
+        module, spec(optimizer, lr=0.1, **init_args), spec(scheduler) if scheduler else None, interval
+    )
+
+
+@pytest.fixture
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This test module under its name, which pytest's importlib mode does not give."""
+    import sys
+    import types
+
+    module = types.ModuleType(Groups.__module__)
+    module.__dict__.update(Groups=Groups, Warmup=Warmup, Plateau=Plateau)
+    monkeypatch.setitem(sys.modules, Groups.__module__, module)
+
+
+def test_parameters_are_named_and_trainable() -> None:
+    (group,) = _build(torch.optim.AdamW)["optimizer"].param_groups
+    assert group["param_names"] == ["0.weight", "0.bias"]
+
+
+def test_the_optimizers_own_groups(importable) -> None:
+    groups = _build(Groups)["optimizer"].param_groups
+    assert [group["momentum"] for group in groups] == [0.5, 0]
+
+
+def test_the_schedulers_interval_and_monitor(importable) -> None:
+    assert "lr_scheduler" not in _build(torch.optim.AdamW)
+    assert _build(torch.optim.AdamW, torch.optim.lr_scheduler.LinearLR)["lr_scheduler"]["interval"] == "epoch"
+    assert _build(torch.optim.AdamW, Warmup)["lr_scheduler"]["interval"] == "step"
+    assert _build(torch.optim.AdamW, Warmup, "epoch")["lr_scheduler"]["interval"] == "epoch"
+    assert _build(torch.optim.AdamW, Plateau)["lr_scheduler"]["monitor"] == "val/loss"
+
+
+@pytest.mark.parametrize(("words", "lr"), [([], 0.4), (["--lr_scheduler_interval=step"], 0.1)])
+def test_a_scheduler_of_torch_by_epoch_or_by_step(words: list[str], lr: float, quick_cli) -> None:
+    """StepLR halves every 2: once in 2 epochs, twice in 4 steps."""
+    cli = quick_cli(
+        "--optimizer=SGD", "--optimizer.lr=0.8", "--lr_scheduler=StepLR", "--lr_scheduler.step_size=2",
+        "--lr_scheduler.gamma=0.5", "--test_after_fit=false", *words, *(["--optimizer.lr=0.4"] if words else []),
+    )  # fmt: skip
+    assert cli.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(lr)
+
+
+def test_a_plateau_scheduler_by_its_monitor(quick_cli) -> None:
+    words = ["--lr_scheduler=lightning.pytorch.cli.ReduceLROnPlateau", "--lr_scheduler.monitor=val/loss"]
+    (config,) = quick_cli(*words, "--trainer.fast_dev_run=true").trainer.lr_scheduler_configs
+    assert (config.monitor, config.reduce_on_plateau) == ("val/loss", True)
+
+
+@with_a_plain_loader
+def test_a_modules_own_optimizer_gives_way_and_says_so(capsys) -> None:
+    words = [f"--model={BORING}", "--data=null", "--trainer.fast_dev_run=true", "--trainer.enable_progress_bar=false"]
+    assert main(["fit", *words]) == 0
+    assert (
+        "BoringModel.configure_optimizers gives way to AdaBelief; --optimizer=null keeps it." in capsys.readouterr().err
+    )
+    cli = LightningOptCLI(["fit", *words, "--optimizer=null"])
+    assert type(cli.trainer.optimizers[0]) is torch.optim.SGD
+
+
+@with_a_plain_loader
+def test_a_module_in_the_working_folder() -> None:
+    Path("my_module.py").write_text(f"from {BORING.rpartition('.')[0]} import BoringModel as MyModel\n")
+    words = ["--data=null", "--trainer.fast_dev_run=true", "--trainer.enable_progress_bar=false", "--optimizer=null"]
+    assert main(["fit", "--model=my_module.MyModel", *words]) == 0
+
+
+# --- checkpoints and resume ---
+
+
+def test_checkpoints_every_n_steps_and_at_the_end(fit) -> None:
+    assert fit("--checkpoint.every_n_train_steps=3", "--checkpoint.save_top_k=-1") == 0
+    steps = sorted(torch.load(p, weights_only=True)["global_step"] for p in _checkpoint().parent.glob("epoch*.ckpt"))
+    assert steps == [3, 4]
+    assert fit("--checkpoint.every_n_train_steps=1") == 0
+    names = {path.name for path in _checkpoint(1).parent.iterdir()}
+    assert len(names) == 2  # the newest and the link to it
+    assert "last.ckpt" in names
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4])  # the end of an epoch, its middle, the end of the run
+def test_resume_repeats_the_uninterrupted_run(steps: int, fit) -> None:
+    assert fit("--trainer.max_epochs=3") == 0
+    whole = torch.load(_checkpoint(0), weights_only=True)
+    shutil.rmtree("runs")
+    assert fit(f"--trainer.max_steps={steps}") == 0
+    assert fit("--trainer.max_epochs=3", "--ckpt_path=last") == 0
+    resumed = torch.load(_checkpoint(1), weights_only=True)
+    assert resumed["global_step"] == whole["global_step"] == 6
+    for name, tensor in whole["state_dict"].items():
+        assert torch.equal(tensor, resumed["state_dict"][name]), name
+    assert str(whole["optimizer_states"]) == str(resumed["optimizer_states"])
+
+
+def test_resume_in_the_middle_of_the_final_steps(fit) -> None:
+    """A run that was complete goes on where it ended, not from its last multiple of N."""
+    assert fit("--checkpoint.every_n_train_steps=3") == 0
+    assert fit("--ckpt_path=last", "--trainer.max_epochs=3") == 0
+    assert torch.load(_checkpoint(1), weights_only=True)["global_step"] == 6
+
+
+def test_last_is_the_furthest_of_the_newest_folder_that_has_one(fit, workdir) -> None:
+    for version, steps in {0: [100, 900], 1: [50, 100], 2: []}.items():
+        folder = RUNS / f"version_{version}/checkpoints"
+        folder.mkdir(parents=True)
+        for step in steps:
+            torch.save({}, folder / f"epoch=1-step={step}.ckpt")
+    assert newest_checkpoint("runs", "digits/quickstart").name == "epoch=1-step=100.ckpt"
+    assert newest_checkpoint("runs", "digits/quickstart").parts[-3] == "version_1"
+
+
+def test_a_half_written_checkpoint_is_skipped_with_a_warning(fit) -> None:
+    assert fit("--checkpoint.every_n_train_steps=3", "--checkpoint.save_top_k=-1") == 0
+    whole = _checkpoint()
+    content = whole.read_bytes()
+    whole.write_bytes(content[: len(content) // 2])
+    with pytest.warns(UserWarning, match=r"step=4.ckpt is not a complete checkpoint; trying the one before it"):
+        assert newest_checkpoint("runs", "digits/quickstart").name.endswith("step=3.ckpt")
+
+
+def test_an_unreadable_checkpoint_by_its_path(fit, capsys) -> None:
+    Path("broken.ckpt").write_bytes(b"PK\3\4 nothing")
+    assert fit("--ckpt_path=broken.ckpt") == 2
+    assert "--ckpt_path=broken.ckpt: not a complete checkpoint" in capsys.readouterr().err
+
+
+def test_last_without_any_checkpoint(fit, capsys) -> None:
+    assert fit("--ckpt_path=last") == 2
+    assert "no checkpoint in runs/digits/quickstart/version_*/checkpoints" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+def test_resume_with_another_optimizer_is_refused_but_testing_is_not(fit, capsys) -> None:
+    assert fit() == 0
+    assert fit("--ckpt_path=last", "--optimizer=SGD", "--optimizer.lr=0.1") == 2
+    assert "was written with the optimizer AdaBelief, this run uses SGD" in capsys.readouterr().err
+    words = ["--model.net.hidden=[8]", "--trainer.accelerator=cpu", "--optimizer=SGD", "--optimizer.lr=0.1"]
+    assert main(["test", *words, "--ckpt_path=last"]) == 0
+
+
+def test_test_and_predict_read_the_last_checkpoint(quick_cli) -> None:
+    cli = quick_cli()
+    words = [
+        "--model.net.hidden=[8]",
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+        "--ckpt_path=last",
+    ]
+    tested = LightningOptCLI(["test", *words])
+    assert float(tested.trainer.callback_metrics["test/loss"]) == pytest.approx(cli.test_results[0]["test/loss"])
+    assert main(["predict", *words]) == 0
+    predictions = torch.cat(torch.load(RUNS / "version_1/predictions.pt", weights_only=True))
+    assert predictions.shape == (360, 10)
+    labels = cli.datamodule.test_set.labels
+    accuracy = (predictions.argmax(1) == labels).float().mean().item()
+    assert accuracy == pytest.approx(cli.test_results[0]["test/accuracy"])
+
+
+# --- interruption ---
+
+
+class Interrupt(pl.Callback):
+    """Ctrl-C behind a step."""
+
+    def __init__(self, step: int = 3, signal_number: int = signal.SIGINT) -> None:
+        self.step = step
+        self.signal_number = signal_number
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), self.signal_number)
+
+
+@pytest.fixture
+def interrupt_at(monkeypatch: pytest.MonkeyPatch):
+    """Add a callback that sends a signal behind a step to every Trainer that the command makes."""
+
+    def arrange(step: int, signal_number: int) -> None:
+        own = LightningOptCLI._own_callbacks
+        callback = Interrupt(step, signal_number)
+        monkeypatch.setattr(LightningOptCLI, "_own_callbacks", lambda *a: [*own(*a), callback])
+
+    yield arrange
+    monkeypatch.undo()
+
+
+def test_ctrl_c_leaves_the_last_checkpoint_and_says_how_to_go_on(fit, interrupt_at, monkeypatch, capsys) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with monkeypatch.context():
+        interrupt_at(3, signal.SIGINT)
+        status = fit("--checkpoint.every_n_train_steps=2", "--name=a b")
+    error = capsys.readouterr().err
+    assert status == 130, error
+    assert "Interrupted. Resume with: lightning-opt fit " in error
+    assert "'--name=a b' --ckpt_path=last" in error
+    assert torch.load(newest_checkpoint("runs", "a b"), weights_only=True)["global_step"] == 2
+
+
+def test_ctrl_c_before_the_first_checkpoint(fit, interrupt_at, monkeypatch, capsys) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    interrupt_at(1, signal.SIGINT)
+    assert fit() == 130
+    assert "Interrupted before the first checkpoint, which is written after 100 steps" in capsys.readouterr().err
+
+
+# --- the checkpoint callback ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"every_n_train_steps": 0}, "every_n_train_steps must be >= 1"),
+        ({"save_top_k": 3}, "save_top_k must be one of 1, -1"),
+    ],
+)
+def test_periodic_checkpoint_refuses(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PeriodicCheckpoint(**arguments)
+
+
+def test_it_lives_beside_a_model_checkpoint(quick_cli) -> None:
+    cli = quick_cli("--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_epochs=1")
+    kinds = [type(callback) for callback in cli.trainer.checkpoint_callbacks]
+    assert kinds == [ModelCheckpoint, PeriodicCheckpoint]

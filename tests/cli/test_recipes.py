@@ -1,0 +1,70 @@
+import pytest
+
+from lightning_opt.cli import main
+from lightning_opt.cli.recipes import FOLDER, HEADER_KEYS, recipe_header, recipe_names, recipe_table
+
+
+def test_list_shows_every_recipe_with_its_header(capsys) -> None:
+    assert main(["recipes", "list"]) == 0
+    text = capsys.readouterr().out
+    assert text.split("\n")[0].split() == ["name", "method", "data", "shows", "result", "minutes"]
+    for name in recipe_names():
+        assert name in text
+        assert recipe_header(FOLDER / f"{name}.yaml")["method"] in text
+
+
+@pytest.mark.parametrize("width", [80, 120, 400])
+def test_the_table_fits_the_terminal_and_loses_no_word(width: int) -> None:
+    lines = recipe_table(width).splitlines()
+    assert max(map(len, lines)) <= max(width, 100)
+    for name in recipe_names():
+        for word in recipe_header(FOLDER / f"{name}.yaml")["shows"].split():
+            assert any(word in line for line in lines)
+
+
+def test_show_prints_the_file(capsys) -> None:
+    assert main(["recipes", "show", "digits/quickstart"]) == 0
+    assert capsys.readouterr().out == (FOLDER / "digits/quickstart.yaml").read_text()
+
+
+def test_copy_runs_as_its_command_line_says(workdir, capsys) -> None:
+    assert main(["recipes", "copy", "digits/quickstart", "own.yaml"]) == 0
+    header = recipe_header(workdir / "own.yaml")
+    assert set(header) == set(HEADER_KEYS)
+    assert header["command"] == "lightning-opt fit --config ./own.yaml"
+    assert header["command"] in capsys.readouterr().out
+    quick = ["--trainer.fast_dev_run=true", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    assert main([*header["command"].split()[1:], *quick]) == 0
+
+
+def test_copy_into_a_folder_keeps_the_file_name(workdir) -> None:
+    (workdir / "mine").mkdir()
+    assert main(["recipes", "copy", "digits/quickstart", "mine"]) == 0
+    assert recipe_header(workdir / "mine/quickstart.yaml")["command"].endswith("--config ./mine/quickstart.yaml")
+
+
+def test_copy_overwrites_only_with_force(workdir, capsys) -> None:
+    (workdir / "own.yaml").write_text("mine")
+    assert main(["recipes", "copy", "digits/quickstart", "own.yaml"]) == 2
+    assert "own.yaml exists; --force overwrites it" in capsys.readouterr().err
+    assert (workdir / "own.yaml").read_text() == "mine"
+    assert main(["recipes", "copy", "digits/quickstart", "own.yaml", "--force"]) == 0
+    assert (workdir / "own.yaml").read_text() != "mine"
+
+
+@pytest.mark.parametrize("words", [["show", "digits/quickstrt"], ["copy", "digits/quickstrt", "x.yaml"]])
+def test_a_misspelt_name_offers_the_nearest(words: list[str], capsys) -> None:
+    assert main(["recipes", *words]) == 2
+    assert "Did you mean digits/quickstart?" in capsys.readouterr().err
+
+
+def test_a_destination_that_cannot_be_written(workdir, capsys) -> None:
+    (workdir / "file").touch()
+    assert main(["recipes", "copy", "digits/quickstart", "file/own.yaml"]) == 2
+    assert "cannot write file/own.yaml: Not a directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [[], ["lst"], ["show"]])
+def test_wrong_words_get_usage_and_status_2(words: list[str], capsys) -> None:
+    assert main(["recipes", *words]) == 2
+    assert "usage: lightning-opt recipes" in capsys.readouterr().err
