@@ -44,7 +44,10 @@ def evidence(card: str) -> str:
 def speed_table() -> str:
     """A Markdown table of the fused CPU step times."""
     result = json.loads((ROOT / "benchmarks" / "results" / "optimizer_step.json").read_text())
-    rows = ["| fused CPU step | beside | time ratio (median of paired runs) | 10% to 90% |", "| --- | --- | --- | --- |"]
+    rows = [
+        "| fused CPU step | beside | time ratio (median of paired runs) | 10% to 90% |",
+        "| --- | --- | --- | --- |",
+    ]
     for row in result["rows"]:
         rows.append(f"| {row['what']} | {row['beside']} | {row['median']:.2f} | {row['q10']:.2f} to {row['q90']:.2f} |")
     machine = result["machine"]

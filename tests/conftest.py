@@ -53,7 +53,8 @@ def _leaves_nothing_behind() -> Iterator[None]:
     }
     os.environ.clear()
     os.environ.update(environment)
-    changed = {name: (old, new) for (name, old), new in zip(settings.items(), _torch_settings().values()) if old != new}
+    now = _torch_settings()
+    changed = {name: (old, now[name]) for name, old in settings.items() if old != now[name]}
     torch.set_default_dtype(settings["default dtype"])
     torch.set_num_threads(settings["threads"])
     torch.use_deterministic_algorithms(settings["deterministic"])

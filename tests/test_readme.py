@@ -43,7 +43,11 @@ def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for command in COMMANDS:
         words = shlex.split(command, comments=True)[1:]
         if words[0] == "fit":
-            words += ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.enable_progress_bar=false"]
+            words += [
+                "--trainer.max_epochs=1",
+                "--trainer.limit_train_batches=2",
+                "--trainer.enable_progress_bar=false",
+            ]
         assert main(words) == 0, command
 
 
