@@ -1,7 +1,7 @@
 """Write the generated parts of README.md: the table of methods and the table of speeds.
 
-Run with ``make readme``. The methods come from the registry, their evidence from the line ``**Evidence:** ...`` of each card,
-the speeds from the committed results of ``benchmarks/optimizer_step.py``.
+Run with ``make readme``. The methods come from the registry, their evidence from the line ``**Evidence:** ...`` of each
+card, the speeds from the committed results of ``benchmarks/optimizer_step.py``.
 """
 
 import json
