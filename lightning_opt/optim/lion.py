@@ -125,8 +125,7 @@ class LionK(Optimizer):
         shrink = torch.as_tensor(group["lr"]).item() * group["weight_decay"]
         if shrink > 1:
             raise ValueError(
-                f"lr * weight_decay must be at most 1, got {shrink}: "
-                "a step would overshoot the constraint set"
+                f"lr * weight_decay must be at most 1, got {shrink}: a step would overshoot the constraint set"
             )
         if callable(group["kernel"]):
             name = getattr(group["kernel"], "__qualname__", type(group["kernel"]).__qualname__)
