@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_opt._layout import stage
 
 from ._multi_tensor import multi_tensor
+from ._support import unsupported
 
 # A thread updates 4 elements: 16 bytes of float32, the widest access. Compiled for sm_90 an Adam-like update then takes
 # 40 to 56 registers (8 elements: 64 to 156, by version of Triton), so that at least 9 programs of 128 threads run on a
@@ -70,11 +71,11 @@ def launch(
     staged, written, [grads], back = stage(params, list(states.values()), [grads])
     columns = [staged, grads, *written]
     device = staged[0].device
-    dtypes = tuple(_dtype(column, device) for column in columns)
+    dtypes = tuple(_dtype(column, staged[0].get_device()) for column in columns)
     sizes = _sizes(columns)
-    rows = [sizes, list(numbers) or [0] * len(sizes), *([t.data_ptr() for t in column] for column in columns)]
+    rows = [sizes, list(numbers) or [0] * len(sizes), *(list(map(Tensor.data_ptr, column)) for column in columns)]
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        tables = _tables(device, rows[2], sizes)
+        tables = _tables(device, list(map(Tensor.data_ptr, params)), sizes)
         if tables.programs:
             scalars, places, vectors = _coefficients(("step", *method.COEFFICIENTS), coefficients, len(sizes), device)
             multi_tensor[(tables.programs,)](
@@ -102,14 +103,15 @@ def _method(name: str) -> Any:
     return importlib.import_module(f".{name}", __package__)
 
 
-def _dtype(column: list[Tensor], device: torch.device) -> Any:
+def _dtype(column: list[Tensor], device: int) -> Any:
     dtypes = {t.dtype for t in column}
-    if len(dtypes) > 1 or any(t.device != device for t in column):
-        raise ValueError(f"tensors of one call must share their dtype and lie on {device}, got {dtypes}")
+    if len(dtypes) > 1 or set(map(Tensor.get_device, column)) != {device}:
+        raise ValueError(f"tensors of one call must share their dtype and lie on one device, got {dtypes}")
     (dtype,) = dtypes
-    if dtype not in _DTYPES:
-        raise TypeError(f"the Triton kernels have no {dtype}")
-    if device.type == "cpu" and isinstance(multi_tensor, triton.JITFunction):
+    reason = unsupported(dtype)
+    if reason is not None:
+        raise TypeError(reason)
+    if device < 0 and isinstance(multi_tensor, triton.JITFunction):
         raise RuntimeError(
             "Triton kernels run on CPU tensors only with TRITON_INTERPRET=1, set before the first import"
         )

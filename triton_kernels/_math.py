@@ -6,8 +6,8 @@ import triton.language as tl
 
 @triton.jit
 def sign(x):
-    """-1, 0 or 1; NaN stays NaN."""
-    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x))
+    """-1, 0 or 1; 0 for NaN, as in torch."""
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
 
 
 @triton.jit
@@ -26,18 +26,20 @@ def clamp(x, limit):
 def times_exp(x, y):
     """Multiply x by exp(y), within 1.5 units in the last place: the exp of the hardware would lose two bits a step."""
     rest, scale1, scale2 = _reduced_exp(y)
-    scaled = x * scale1 * scale2
-    return tl.where(y > 88.72283, x * float("inf"), scaled + scaled * rest)
+    scaled = x * scale1
+    return tl.where(y > 88.72283, x * float("inf"), (scaled + scaled * rest) * scale2)
 
 
 @triton.jit
 def sinh_cosh(x):
-    """sinh(x) and cosh(x) - 1, both accurate relative to themselves; NaN where exp overflows."""
+    """sinh(x) and cosh(x) - 1, both accurate relative to themselves; NaN above 88."""
     rest, scale1, scale2 = _reduced_exp(x)
     scale = scale1 * scale2
     e = scale + scale * rest  # exp(x)
     e1 = (scale - 1) + scale * rest  # exp(x) - 1
-    return 0.5 * (e1 + tl.div_rn(e1, e)), tl.div_rn(0.5 * e1 * e1, e)
+    half = 0.5 * e1
+    quotient = tl.div_rn(e1, e)
+    return half + 0.5 * quotient, half * quotient
 
 
 @triton.jit
