@@ -106,8 +106,7 @@ class ResumableLoader(DataLoader):
         creates the iterator of a resumed epoch before it sets the epoch.
         """
         order = self._order
-        position, self._position = self._position, None
-        self._batches = self._first_batch(position)
+        self._batches, self._position = self._first_batch(self._position), None
         self._epoch = order.epoch
         order.first_batch = self._batches
         assert isinstance(self.generator, torch.Generator)
