@@ -1,7 +1,7 @@
 """Compiles a method's elementwise update into a kernel that walks many tensors, with numba.
 
-The tensors come as a table of addresses: a row a tensor, a column a slot (parameter, gradient, states in order). Reads and
-writes are annotated as not aliasing between slots, so that LLVM vectorizes however many slots there are.
+The tensors come as a table of addresses: a row a tensor, a column a slot (parameter, gradient, states in order). Reads
+and writes are annotated as not aliasing between slots, so that LLVM vectorizes however many slots there are.
 """
 
 from collections import namedtuple

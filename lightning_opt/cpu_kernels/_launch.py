@@ -5,6 +5,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -65,30 +66,31 @@ def launch(
     """
     if not params:
         return
-    params, written, [grads], back = stage(params, list(states.values()), [grads])
-    columns = [params, grads, *written]
+    staged, written, [grads], back = stage(params, list(states.values()), [grads])
+    columns = [staged, grads, *written]
+    dtypes = tuple(map(_dtype, columns))
     kernel = _kernel(
-        name,
-        tuple(flags.items()),
-        tuple(states),
-        tuple(coefficients),
-        tuple(map(_dtype, columns)),
-        maximize,
-        stochastic_rounding,
+        name, tuple(flags.items()), tuple(states), tuple(coefficients), dtypes, maximize, stochastic_rounding
     )
-    starts = [0, *np.cumsum(_sizes(columns)).tolist()]
-    addresses = np.array([[t.data_ptr() for t in column] for column in columns]).T.copy()
-    rows, per_tensor = _rows(coefficients, len(params), np.float64 if params[0].dtype == torch.float64 else np.float32)
-    keys = _keys(coefficients["step"], numbers, len(columns)) if stochastic_rounding else addresses
-    bounds = np.array(starts)
-    tables = (addresses.ctypes.data, bounds.ctypes.data, rows.ctypes.data, per_tensor, keys.ctypes.data)
+    starts = np.cumsum([0, *_sizes(columns)])
+    addresses = np.array([list(map(Tensor.data_ptr, column)) for column in columns]).T.copy()
+    rows, per_tensor = _rows(coefficients, len(params), np.float64 if dtypes[0] == "float64" else np.float32)
+    keys = _keys(coefficients["step"], numbers, len(columns)) if stochastic_rounding else None
+    tables = (
+        addresses.ctypes.data,
+        starts.ctypes.data,
+        rows.ctypes.data,
+        per_tensor,
+        0 if keys is None else keys.ctypes.data,
+    )
 
     def piece(begin: int, end: int) -> None:
         kernel(*tables, bisect_right(starts, begin) - 1, begin, end)
 
-    _in_pieces(piece, starts[-1])
+    _in_pieces(piece, int(starts[-1]))
     for tensor, copy in back:
         tensor.detach().copy_(copy)
+    torch.autograd.graph.increment_version(params)  # a graph that still needs the old values must notice
 
 
 @cache
@@ -99,13 +101,12 @@ def _kernel(*key: Any) -> Callable[..., None]:
 
 
 def _dtype(column: list[Tensor]) -> str:
-    dtypes = {t.dtype for t in column}
-    if len(dtypes) > 1 or not all(t.is_cpu for t in column):
+    dtypes = set(map(attrgetter("dtype"), column))
+    if len(dtypes) > 1 or not all(map(attrgetter("is_cpu"), column)):
         raise ValueError(f"tensors of one call must share their dtype and lie on the CPU, got {dtypes}")
     (dtype,) = dtypes
-    reason = unsupported(dtype)
-    if reason:
-        raise TypeError(reason)
+    if dtype not in _DTYPES:
+        raise TypeError(unsupported(dtype))
     return _DTYPES[dtype]
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from math import sqrt
 from typing import Any
 
-from ._math import clamp, clamp_min, exp, maximum, sign
+from ._math import clamp_min, maximum, sign, times_exp
 
 
 def exponentiated_adamw(*, additive: bool, amsgrad: bool) -> Callable[..., Any]:
@@ -20,7 +20,7 @@ def exponentiated_adamw(*, additive: bool, amsgrad: bool) -> Callable[..., Any]:
             p = p - step
         else:
             s = sign(p)
-            p = s * clamp_min(abs(p) * exp(-clamp(s * step, -c.limit, c.limit)), c.floor)
+            p = s * clamp_min(times_exp(abs(p), -s * step, c.limit), c.floor)
         if amsgrad:
             return p, exp_avg, exp_avg_sq, largest
         return p, exp_avg, exp_avg_sq

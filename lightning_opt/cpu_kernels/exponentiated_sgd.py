@@ -1,12 +1,12 @@
 """Exponentiated SGD in its variants."""
 
 from collections.abc import Callable
-from math import asinh, sinh
+from math import sqrt
 from typing import Any
 
 from numba.extending import register_jitable
 
-from ._math import clamp, clamp_min, exp, sign
+from ._math import clamp_min, sign, sinh_cosh, times_exp
 
 
 def exponentiated_sgd(*, variant: str, momentum: bool, nesterov: bool) -> Callable[..., Any]:
@@ -17,20 +17,21 @@ def exponentiated_sgd(*, variant: str, momentum: bool, nesterov: bool) -> Callab
         if momentum:
             buffer = state.momentum_buffer * c.keep + c.enter * g
             g = g + c.momentum * buffer if nesterov else buffer
-            g = g + type(g)(0) * buffer  # NaN where it is infinite: clamped below, it would stay unseen
-            return step(p, g, c), buffer
+            return step(p, g + (buffer - buffer), c), buffer  # NaN where infinite: cut below, it would stay unseen
         return (step(p, g, c),)
 
     @register_jitable
     def step(p, g, c):
         s = sign(p)
         if variant == "eg":
-            return s * clamp_min(abs(p) * exp(clamp(-c.lr * s * g, -c.limit, c.limit)), c.floor)
+            return s * clamp_min(times_exp(abs(p), -c.lr * s * g, c.limit), c.floor)
         if variant == "gd_sign":
             moved = p - c.lr * g
             return moved if s == 0 else s * clamp_min(s * moved, c.floor)
         if variant == "hyper":
-            return c.beta * sinh(asinh(p / c.beta) - clamp(c.lr * g, -c.limit, c.limit))
+            # beta * sinh(asinh(p / beta) - d), by the addition theorem
+            sinh, cosh_1 = sinh_cosh(c.lr * g, c.limit)
+            return p + (p * cosh_1 - sqrt(p * p + c.beta * c.beta) * sinh)
         return p - c.lr * g
 
     return update

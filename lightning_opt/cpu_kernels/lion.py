@@ -17,12 +17,13 @@ def lion(*, kernel: str) -> Callable[..., Any]:
         elif kernel == "soft":
             direction = sign(z) if abs(z) > c.e else type(z)(0)
         elif kernel == "huber":
-            direction = clamp(z / c.e, type(z)(-1), type(z)(1))
+            direction = clamp(z / c.e, type(z)(1))
         elif kernel == "relativistic":
             direction = z / sqrt(z * z + c.e * c.e)
         else:  # quadratic
             direction = z
         direction = direction + type(z)(0) * z  # the sign of NaN is 0, and that of inf is finite: it must show
+        direction = direction + (z - z)  # the sign of NaN is 0, and that of inf is finite: what is wrong must show
         return p * c.shrink - c.size * direction, state.exp_avg * c.beta2 + c.weight2 * g
 
     return update

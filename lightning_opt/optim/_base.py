@@ -1,8 +1,10 @@
 """The base of our optimizers: torch.optim conventions, state that keeps its dtype, one update on several backends."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any, ClassVar, Literal, TypedDict
 
@@ -58,6 +60,7 @@ _OPTIONS = Options(
     stochastic_rounding=False,
 )
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
+_DEVICE, _DTYPE = attrgetter("device"), attrgetter("dtype")
 
 
 class Optimizer(TorchOptimizer):
@@ -242,8 +245,8 @@ class Optimizer(TorchOptimizer):
         first = 0
         for group in self.param_groups:
             with _differentiable() if group["differentiable"] else torch.no_grad():
-                for key, batch in self._batches(group, first).items():
-                    self._step_batch(group, key[0], batch)
+                for batch in self._batches(group, first):
+                    self._step_batch(group, batch)
             first += len(group["params"])
         return loss
 
@@ -260,10 +263,9 @@ class Optimizer(TorchOptimizer):
             )
         return state
 
-    def _batches(self, group: dict[str, Any], first: int) -> dict[tuple[Any, ...], "_Batch"]:
+    def _batches(self, group: dict[str, Any], first: int) -> "list[_Batch]":
         """The tensors of a group with a gradient, by device and dtypes."""
-        names = self.states_of(group)
-        batches: dict[tuple[Any, ...], _Batch] = {}
+        batch, entries = _Batch(), []
         for number, p in enumerate(group["params"], first):
             g = p.grad
             if g is None:
@@ -276,17 +278,18 @@ class Optimizer(TorchOptimizer):
             state = self.state[p]
             if not state:
                 state.update(self.init_state(p, group))
-            tensors = [state[name] for name in names]
-            key = (p.device, p.dtype, g.dtype, *[t.dtype for t in tensors])
-            batch = batches.get(key)
-            if batch is None:
-                batch = batches[key] = _Batch(names)
-            batch.add(number, p, g, tensors, state)
-        return batches
+            batch.numbers.append(number)
+            batch.params.append(p)
+            batch.grads.append(g)
+            entries.append(state)
+        batch.states = {name: [state[name] for state in entries] for name in self.states_of(group)}
+        batch.steps = [state["step"] for state in entries if "step" in state]
+        return batch.by_kind()
 
-    def _step_batch(self, group: dict[str, Any], device: torch.device, batch: "_Batch") -> None:
-        if batch.steps:
-            torch._foreach_add_(batch.steps, 1)
+    def _step_batch(self, group: dict[str, Any], batch: "_Batch") -> None:
+        device = batch.params[0].device
+        if batch.steps:  # with alpha, since the overload for numbers makes a tensor of the number for every step
+            torch._foreach_add_(batch.steps, torch.ones((), device=batch.steps[0].device), alpha=1.0)
         if torch.is_complex(batch.params[0]):
             batch = batch.as_real()
         kernels = self._kernels(group, device, batch.params[0].dtype)
@@ -422,33 +425,40 @@ class Optimizer(TorchOptimizer):
         return next(group for group in self.param_groups if any(p is parameter for p in group["params"]))
 
 
+@dataclass
 class _Batch:
     """Tensors of one group that are updated together: parallel lists."""
 
-    def __init__(self, names: Iterable[str]) -> None:
-        self.numbers: list[int] = []  # of the parameter in the optimizer, keys the random bits
-        self.params: list[Tensor] = []
-        self.grads: list[Tensor] = []
-        self.states: dict[str, list[Tensor]] = {name: [] for name in names}
-        self.steps: list[Tensor] = []
+    numbers: list[int] = field(default_factory=list)  # of the parameter in the optimizer, keys the random bits
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    states: dict[str, list[Tensor]] = field(default_factory=dict)
+    steps: list[Tensor] = field(default_factory=list)
 
-    def add(self, number: int, p: Tensor, g: Tensor, tensors: list[Tensor], entry: dict[str, Tensor]) -> None:
-        self.numbers.append(number)
-        self.params.append(p)
-        self.grads.append(g)
-        for column, tensor in zip(self.states.values(), tensors, strict=True):
-            column.append(tensor)
-        if "step" in entry:
-            self.steps.append(entry["step"])
+    def by_kind(self) -> "list[_Batch]":
+        """One batch for each combination of device and dtypes."""
+        columns = [self.params, self.grads, *self.states.values()]
+        kinds = zip(map(_DEVICE, self.params), *(map(_DTYPE, column) for column in columns), strict=True)
+        chosen: dict[Any, list[int]] = {}
+        for i, kind in enumerate(kinds):
+            chosen.setdefault(kind, []).append(i)
+        return [self] if len(chosen) == 1 else list(map(self._part, chosen.values()))
+
+    def _part(self, chosen: list[int]) -> "_Batch":
+        def pick(column: list[Any]) -> list[Any]:
+            return [column[i] for i in chosen] if column else []
+
+        states = {name: pick(column) for name, column in self.states.items()}
+        return _Batch(pick(self.numbers), pick(self.params), pick(self.grads), states, pick(self.steps))
 
     def as_real(self) -> "_Batch":
         """The same tensors with complex numbers seen as pairs of real ones."""
-        real = _Batch(self.states)
-        real.numbers, real.steps = self.numbers, self.steps
-        real.params = [torch.view_as_real(p) for p in self.params]
-        real.grads = [torch.view_as_real(g) for g in self.grads]
-        real.states = {name: [torch.view_as_real(t) for t in column] for name, column in self.states.items()}
-        return real
+
+        def real(column: list[Tensor]) -> list[Tensor]:
+            return [torch.view_as_real(t) for t in column]
+
+        states = {name: real(column) for name, column in self.states.items()}
+        return _Batch(self.numbers, real(self.params), real(self.grads), states, self.steps)
 
 
 @contextmanager
