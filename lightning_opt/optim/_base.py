@@ -15,7 +15,7 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack, override
 
 from lightning_opt import cpu_kernels, triton_kernels
-from lightning_opt._checks import check_choice, check_interval
+from lightning_opt._checks import check_choice, check_interval, nearest
 
 from ._rounding import store, stream
 from ._tensor_list import TensorList
@@ -95,6 +95,11 @@ class Optimizer(TorchOptimizer):
     """Whether the update depends on the number of the step; ``step`` is then part of the state."""
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], **options: Unpack[Options]) -> None:
+        for name in options:
+            if name not in _OPTIONS:
+                near = nearest(name, [*defaults, *_OPTIONS], 1)
+                hint = f". Did you mean {near[0]!r}?" if near else ""
+                raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {name!r}{hint}")
         self._update_pre_hooks: dict[int, Callable[[Any], None]] = {}
         super().__init__(params, {**defaults, **_OPTIONS, **options})
 
@@ -205,6 +210,9 @@ class Optimizer(TorchOptimizer):
 
         Args:
             state_dict: What ``state_dict()`` of an optimizer of the same class returned, on any device and backend.
+
+        Raises:
+            ValueError: If the number of steps is not in the state as we keep it: another library made it.
         """
         groups = [
             {**{name: value for name, value in own.items() if name != "params"}, **saved}
@@ -222,6 +230,12 @@ class Optimizer(TorchOptimizer):
                 if isinstance(value, Tensor):
                     device = torch.device("cpu") if name == "step" and not self._group_of(p)["capturable"] else p.device
                     state[name] = value.detach().to(device, copy=True)
+            if self.counts_steps and not isinstance(state.get("step"), Tensor):
+                raise ValueError(
+                    "the loaded state has no tensor 'step': it was saved by another library; convert it first, with "
+                    f"from_peer_state_dict where {type(self).__name__} has it"
+                )
+            self._count_from_zero(p, state, self._group_of(p))
 
     @override
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -255,13 +269,17 @@ class Optimizer(TorchOptimizer):
     def init_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """The state of a parameter before its first step: zeros."""
         state: dict[str, Tensor] = {}
-        if self.counts_steps or group["stochastic_rounding"]:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if group["capturable"] else "cpu")
+        self._count_from_zero(p, state, group)
         for name in self.states_of(group):
             state[name] = torch.zeros_like(
                 p, dtype=_state_dtype(p, group["state_dtype"], name), memory_format=torch.preserve_format
             )
         return state
+
+    def _count_from_zero(self, p: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        """Start the count of steps where it is needed and has not begun."""
+        if "step" not in state and (self.counts_steps or group["stochastic_rounding"]):
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if group["capturable"] else "cpu")
 
     def _batches(self, group: dict[str, Any], first: int) -> "list[_Batch]":
         """The tensors of a group with a gradient, by device and dtypes."""

@@ -15,6 +15,12 @@ def backend(request: pytest.FixtureRequest) -> dict[str, Any]:
     return BACKENDS[request.param]
 
 
+@pytest.fixture(params=["loop", "foreach"])
+def plain_backend(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """The same without the fused kernels, where each case would compile one; their own tests cover it."""
+    return BACKENDS[request.param]
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """Small matrices are quicker on one thread, by far on a busy machine."""
