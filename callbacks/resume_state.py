@@ -61,7 +61,8 @@ class ResumeState(pl.Callback):
     its buckets anew.
 
     Raises:
-        MisconfigurationException: When the checkpoint was written in the middle of an epoch by another number of ranks.
+        MisconfigurationException: When the checkpoint was written in the middle of an epoch by another number of
+            ranks, or if the Trainer has two of these callbacks.
 
     Cost: about 15 KB a rank in every checkpoint, plus the state of metrics; inside an accumulation window one copy of
     the gradients a rank. One gather of objects over ranks a checkpoint. Nothing between checkpoints.
@@ -80,12 +81,16 @@ class ResumeState(pl.Callback):
         self._pending: list[Callable[[], None]] = []  # to be undone if training never starts
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Warn about module hooks that a checkpoint cannot cover."""
-        self._loaded = None
-        self._crashed = False
+        """Start afresh, and warn about module hooks that a checkpoint cannot cover."""
+        if stage != "fit":
+            return
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector of Lightning's
+        if sum(isinstance(callback, ResumeState) for callback in callbacks) > 1:
+            raise MisconfigurationException("The Trainer has more than one ResumeState callback; leave one.")
+        self._moment, self._crashed, self._loaded = INSIDE, False, None
         self._accumulate = trainer.accumulate_grad_batches
         late = [hook for hook in ("on_train_batch_end", "on_validation_end") if is_overridden(hook, pl_module)]
-        if stage == "fit" and late:
+        if late:
             rank_zero_warn(
                 f"ResumeState: Lightning calls {' and '.join(late)} of {type(pl_module).__name__} after checkpoints are"
                 " written, so a resumed run misses what they do for the checkpoint's batch. Move it to a callback's"
@@ -122,10 +127,13 @@ class ResumeState(pl.Callback):
             rank_zero_warn("ResumeState: the checkpoint was written without this callback; resume is not exact.")
             return
         if state["moment"] == INSIDE or state["ranks"] is None:
-            rank_zero_warn(
-                "ResumeState: the checkpoint was written inside a batch or a validation, which is now run again; resume"
-                " is not exact."
-            )
+            if (
+                progress["epoch_loop.batch_progress"]["total"]["ready"] > 0
+            ):  # not as Lightning's Tuner saves, before all
+                rank_zero_warn(
+                    "ResumeState: the checkpoint was written inside a batch or a validation, which is now run again;"
+                    " resume is not exact."
+                )
             return
         if state["world_size"] != trainer.world_size:
             message = (

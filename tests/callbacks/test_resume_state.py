@@ -463,13 +463,24 @@ def test_warns_of_module_hooks(tmp_path):
         fit(tmp_path / "fit", module=Late, max_epochs=1, limit_train_batches=1, val=None)
 
 
-def test_evaluation_alone_takes_nothing_back(tmp_path, mid_epoch):
-    trainer = pl.Trainer(
-        callbacks=[ResumeState()], accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path
-    )
-    before = torch.get_rng_state()
-    trainer.validate(Net(), ResumableLoader(TensorDataset(INPUTS, LABELS)), ckpt_path=mid_epoch[0], verbose=False)
-    assert before.ne(torch.get_rng_state()).any()  # validation_step draws
+def test_two_of_them_are_refused(tmp_path):
+    with pytest.raises(MisconfigurationException, match="more than one ResumeState"):
+        fit(tmp_path / "fit", callbacks=[ResumeState()])
+
+
+def test_evaluation_takes_nothing_back(tmp_path, mid_epoch):
+    """Neither during the evaluation nor in a later fit of the same Trainer."""
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "accelerator": "cpu"}
+    trainer = pl.Trainer(callbacks=[ResumeState()], default_root_dir=tmp_path, max_epochs=1, **quiet)
+    module = Net()
+    torch.manual_seed(5)
+    trainer.validate(module, val_loader(), ckpt_path=mid_epoch[0], verbose=False)
+    after = torch.get_rng_state()
+    torch.manual_seed(5)
+    trainer.validate(module, val_loader(), verbose=False)
+    assert after.equal(torch.get_rng_state())
+    trainer.fit(module, loader(), val_loader())
+    assert trainer.fit_loop.total_batch_idx == 8
 
 
 def test_two_ranks(tmp_path):
