@@ -1,0 +1,9 @@
+from ._callback_checks.distributed import check_callbacks_ddp as check_callbacks_ddp
+from ._optimizer_checks.ranks import check_optimizers_ddp as check_optimizers_ddp
+from .check_callback import callback_checks as callback_checks
+from .check_callback import check_callback as check_callback
+from .check_optimizer import check_optimizer as check_optimizer
+from .check_optimizer import optimizer_checks as optimizer_checks
+from .contract import ContractError as ContractError
+from .contract import NotApplicable as NotApplicable
+from .contract import Report as Report

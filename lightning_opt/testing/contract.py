@@ -1,17 +1,29 @@
 """What the contract kits share: named checks, their errors and their report."""
 
 import dataclasses
+import functools
 import random
 import unittest
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TypeVar
 
 import numpy as np
 import torch
 
+T = TypeVar("T")
+
 
 class ContractError(AssertionError):
-    """A plugin breaks a promise of the contract; the message names the check, the promise and what came out."""
+    """A plugin breaks a promise of the contract; the message names the check, the promise and what came out.
+
+    Attributes:
+        report: What became of every check, where several were run.
+    """
+
+    def __init__(self, message: str, report: "Report | None" = None) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 class NotApplicable(unittest.SkipTest):
@@ -67,8 +79,30 @@ def evaluate(subject: str, checks: Iterable[tuple[str, Callable[[], None]]]) -> 
             passed.append(name)
     report = Report(subject, tuple(passed), not_applicable, failed)
     if failed:
-        raise ContractError(str(report))
+        raise ContractError(str(report), report)
     return report
+
+
+def bind(checks: Mapping[str, Callable[[T], None]], subject: T) -> Iterator[tuple[str, Callable[[], None]]]:
+    """The checks of one subject: names, and functions without arguments.
+
+    Each function leaves the global random state as it was, and every error becomes a ContractError that begins with
+    the check's name and its promise (the first line of its docstring).
+    """
+    for name, check in checks.items():
+        yield name, functools.partial(_run, name, check, subject)
+
+
+def _run(name: str, check: Callable[[T], None], subject: T) -> None:
+    promise = (check.__doc__ or "").partition("\n")[0]
+    try:
+        with same_random_state():
+            check(subject)
+    except NotApplicable:
+        raise
+    except Exception as error:
+        what = str(error) if isinstance(error, ContractError) else f"raised {type(error).__name__}: {error}"
+        raise ContractError(f"{name}: {promise} But: {what}") from error
 
 
 def require(condition: bool | torch.Tensor, message: str) -> None:

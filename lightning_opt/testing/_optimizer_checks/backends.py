@@ -6,10 +6,7 @@ import torch
 from torch import Tensor
 
 from ..contract import NotApplicable, require
-from .subject import Subject, check, gradients, refusal, require_near, run, tensors
-
-_STEPS = 100
-_SHAPE = (8, 8)
+from .subject import PARITY_SHAPES, Subject, check, gradients, refusal, require_near, run, tensors
 
 
 @check
@@ -124,21 +121,9 @@ def _parity(subject: Subject, backend: dict[str, Any]) -> None:
 
     The half unit in the last place of float32 that is added is the rounding of the result itself.
     """
-    exact, loop, fast = (tensors([_SHAPE] * 2, dtype) for dtype in (torch.float64, torch.float32, torch.float32))
-    for wide, p in zip(exact, loop, strict=True):
-        wide.data.copy_(p.data)  # start at the same float32 numbers
-    optimizers = [
-        (subject.build(exact, **subject.backend("loop")), exact),
-        (subject.build(loop, **subject.backend("loop")), loop),
-        (subject.build(fast, **backend), fast),
-    ]
-    for t in range(_STEPS):
-        grads = gradients(loop, t)
-        for optimizer, params in optimizers:
-            for p, g in zip(params, grads, strict=True):
-                p.grad = g.to(p.dtype)
-            optimizer.step()
-    for i, (a, b, c) in enumerate(zip(exact, loop, fast, strict=True)):
-        allowed = 1.5 * (b - a).norm().item() + 2**-24 * a.norm().item()
-        error = (c - a).norm().item()
+    params = tensors(PARITY_SHAPES)
+    run(subject.build(params, **backend), params, range(100))
+    for i, (exact, loop, fast) in enumerate(zip(*subject.hundred_steps, params, strict=True)):
+        allowed = 1.5 * (loop - exact).norm().item() + 2**-24 * exact.norm().item()
+        error = (fast - exact).norm().item()
         require(error <= allowed, f"tensor {i} is {error:.3g} from the float64 run, above {allowed:.3g} allowed")

@@ -91,7 +91,7 @@ def refuses_wrong_momentum(subject: Subject) -> None:
 def refuses_wrong_values_in_groups(subject: Subject) -> None:
     """A wrong value in one parameter group is refused, at construction and when a group is added."""
     first, second = tensors()
-    groups = [{"params": [first]}, {"params": [second], "lr": -1.0}]
+    groups: list[dict[str, Any]] = [{"params": [first]}, {"params": [second], "lr": -1.0}]
     _is_value_error(lambda: subject.build(groups), "lr=-1 in a group", "lr", "learning rate")
     optimizer = subject.build([first])
     _is_value_error(lambda: optimizer.add_param_group(groups[1]), "lr=-1 in an added group", "lr", "learning rate")
@@ -120,7 +120,7 @@ def groups_of_a_module_are_complete(subject: Subject) -> None:
     expected = {name: p for name, p in module.named_parameters() if p.requires_grad}
     require(len(named) == len(expected) and {name for name, _ in named} == expected.keys(), f"{[n for n, _ in named]}")
     require(all(expected[name] is p for name, p in named), "a name stands beside another parameter")
-    subject.cls(groups)
+    subject.build(groups)
 
 
 def _refuses(subject: Subject, option: str, values: list[Any], *words: str) -> None:

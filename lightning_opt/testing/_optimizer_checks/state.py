@@ -14,6 +14,7 @@ from ..contract import NotApplicable, require
 from .subject import Subject, check, require_equal, require_near, run, tensors
 
 _BUILTINS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+_LOW = (torch.bfloat16, torch.float16)
 _NEWER = ("foreach", "fused", "maximize", "capturable", "differentiable")
 
 
@@ -74,7 +75,7 @@ def state_loads_into_every_backend(subject: Subject) -> None:
 
 @check
 def state_of_older_versions_loads(subject: Subject) -> None:
-    """A state dict whose groups lack ``foreach``, ``fused``, ``maximize``, ``capturable`` or ``differentiable`` loads."""
+    """A state dict loads whose groups lack ``foreach``, ``fused``, ``maximize``, ``capturable``, ``differentiable``."""
     straight, resumed = tensors(), tensors()
     original = subject.build(straight)
     for p, value in zip(resumed, run(original, straight), strict=True):
@@ -105,9 +106,12 @@ def copied_optimizer_continues_exactly(subject: Subject) -> None:
 @check
 def state_of_bfloat16_parameters_is_float32(subject: Subject) -> None:
     """The state of a bfloat16 parameter is float32, unless ``state_dtype`` asks for another."""
-    _no_state_dtype(subject)
+    if subject.kwargs.get("state_dtype") is not None:
+        raise NotApplicable(f"state_dtype={subject.kwargs['state_dtype']!r} is asked for")
     _, optimizer = _bfloat16(subject)
-    _require_no_low_precision(optimizer, "after five steps")
+    states = [item for state in optimizer.state.values() for item in state.items()]
+    low = {f"{name} is {value.dtype}" for name, value in states if isinstance(value, Tensor) and value.dtype in _LOW}
+    require(not low, ", ".join(sorted(low)))
 
 
 @check
@@ -125,11 +129,10 @@ def state_of_bfloat16_parameters_survives(subject: Subject) -> None:
         for second, other in ways.items():
             _, again = other(one((params, optimizer)))
             _require_equal_state(again, optimizer, f"state after {first} and {second}")
-    straight, _ = params, run(optimizer, params, range(5, 8))
-    twin_params, twin = _bfloat16(subject)
-    twin_params, twin = load((twin_params, twin))
-    run(twin, twin_params, range(5, 8))
-    require_equal(twin_params, straight, "bfloat16 parameters after loading")
+    run(optimizer, params, range(5, 8))
+    resumed_params, resumed = load(_bfloat16(subject))
+    run(resumed, resumed_params, range(5, 8))
+    require_equal(resumed_params, params, "bfloat16 parameters after loading")
 
 
 def _bfloat16(subject: Subject) -> tuple[list[nn.Parameter], Optimizer]:
@@ -137,23 +140,6 @@ def _bfloat16(subject: Subject) -> tuple[list[nn.Parameter], Optimizer]:
     optimizer = subject.build(params)
     run(optimizer, params)
     return params, optimizer
-
-
-def _no_state_dtype(subject: Subject) -> None:
-    if subject.kwargs.get("state_dtype") is not None:
-        raise NotApplicable(f"state_dtype={subject.kwargs['state_dtype']!r} is asked for")
-
-
-def _require_no_low_precision(optimizer: Optimizer, when: str) -> None:
-    low = sorted(
-        {
-            f"{name} is {value.dtype}"
-            for state in optimizer.state.values()
-            for name, value in state.items()
-            if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
-        }
-    )
-    require(not low, f"{when}: {', '.join(low)}")
 
 
 def _continues(subject: Subject, duplicate: Any) -> None:

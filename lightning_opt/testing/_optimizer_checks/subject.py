@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from ..contract import ContractError, NotApplicable, require
 
 SHAPES = ((4, 3), (2, 5))  # matrices, since some methods take nothing else
+PARITY_SHAPES = ((8, 8), (8, 8))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,20 @@ class Subject:
                 raise
             return f"{backend}=True is refused: {error}"
         return ""
+
+    @cached_property
+    def hundred_steps(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Where 100 steps of the loop lead in float64, and in float32 from the same numbers."""
+        wide, narrow = tensors(PARITY_SHAPES, torch.float64), tensors(PARITY_SHAPES)
+        for p, q in zip(wide, narrow, strict=True):
+            p.data.copy_(q.data)
+        optimizer, loop = (self.build(params, **self.backend("loop")) for params in (wide, narrow))
+        for t in range(100):
+            for p, q, g in zip(wide, narrow, gradients(narrow, t), strict=True):
+                p.grad, q.grad = g.double(), g
+            optimizer.step()
+            loop.step()
+        return values(wide), values(narrow)
 
     @cached_property
     def coupling(self) -> tuple[bool, bool]:

@@ -39,13 +39,13 @@ class Regression(pl.LightningModule):
         """Mean squared error."""
         return (self.net(batch[0]) - batch[1]).square().mean()
 
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:  # noqa: D102
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         return self.loss(batch)
 
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:  # noqa: D102
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         self.log("val/loss", self.loss(batch))
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:  # noqa: D102
+    def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer = self.subject.build(self.parameters())
         optimizer.register_step_post_hook(self._count)
         return optimizer
@@ -61,7 +61,7 @@ class ManualRegression(Regression):
         super().__init__(subject)
         self.automatic_optimization = False
 
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:  # noqa: D102
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         optimizer = self.optimizers()
         optimizer.zero_grad()  # type: ignore[union-attr]
         loss = self.loss(batch)
@@ -78,13 +78,13 @@ def data(dtype: torch.dtype = torch.float32) -> TensorDataset:
 
 def fit(module: Regression, batch_size: int = 4, **settings: Any) -> pl.Trainer:
     """Two epochs over the data, in order, with a Trainer that writes and prints nothing."""
-    arguments = {"train_dataloaders": DataLoader(data(next(module.parameters()).dtype), batch_size)}
+    arguments: dict[str, Any] = {"train_dataloaders": DataLoader(data(next(module.parameters()).dtype), batch_size)}
     for name in ("train_dataloaders", "val_dataloaders", "ckpt_path"):
         if name in settings:
             arguments[name] = settings.pop(name)
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
-    with _quiet():
-        trainer = pl.Trainer(**{**quiet, "devices": 1, "max_epochs": 2, "enable_checkpointing": False, **settings})
+    silent = dict.fromkeys(("enable_progress_bar", "enable_model_summary", "enable_checkpointing", "logger"), False)
+    with quiet():
+        trainer = pl.Trainer(**{**silent, "accelerator": "cpu", "devices": 1, "max_epochs": 2, **settings})
         trainer.fit(module, **arguments)
     return trainer
 
@@ -96,7 +96,10 @@ def interrupted_training_resumes_exactly(subject: Subject) -> None:
 
         def train(seed: int, **settings: Any) -> tuple[Regression, pl.Trainer]:
             module = Regression(subject, seed=seed)
-            loaders = {"train_dataloaders": ResumableLoader(data(), 4, shuffle=True), "val_dataloaders": _validation()}
+            loaders: dict[str, Any] = {
+                "train_dataloaders": ResumableLoader(data(), 4, shuffle=True),
+                "val_dataloaders": _validation(),
+            }
             checkpoint = ModelCheckpoint(f"{folder}/{seed}", "{step}", every_n_train_steps=8, save_top_k=-1)
             callbacks = [ResumeState(), checkpoint]
             return module, fit(module, **loaders, callbacks=callbacks, enable_checkpointing=True, **settings)
@@ -152,8 +155,8 @@ def fp16_mixed_precision_trains_with_clipping(subject: Subject) -> None:
 def _goes_the_same_way(subject: Subject, **settings: Any) -> None:
     mixed, full = Regression(subject), Regression(subject)
     start = values(full.parameters())
-    fit(mixed, **settings)
-    fit(full)
+    fit(mixed, max_steps=4, **settings)
+    fit(full, max_steps=4)
     require(all(p.dtype == torch.float32 for p in mixed.parameters()), "the weights are not float32 any more")
     for i, (a, b, s) in enumerate(zip(mixed.parameters(), full.parameters(), start, strict=True)):
         off, way = (a - b).norm().item(), (b - s).norm().item()
@@ -202,11 +205,12 @@ def manual_optimization_trains(subject: Subject) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hold back what Lightning says about a Trainer as small as this one."""
-    log = logging.getLogger("lightning.pytorch")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    logs = [logging.getLogger("lightning.pytorch"), logging.getLogger("lightning.fabric")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PossibleUserWarning)
@@ -214,4 +218,5 @@ def _quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", "The dirpath has changed from")
             yield
     finally:
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)

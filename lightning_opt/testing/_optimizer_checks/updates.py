@@ -158,7 +158,7 @@ def closure_runs_with_gradients_and_its_loss_is_returned(subject: Subject) -> No
     optimizer = subject.build(params)
     seen = []
 
-    def closure() -> Tensor:
+    def closure() -> Any:
         seen.append(torch.is_grad_enabled())
         loss = sum((p.square().sum() for p in params), torch.zeros(()))
         optimizer.zero_grad()
@@ -181,7 +181,7 @@ def closure_is_called_once(subject: Subject) -> None:
         raise NotApplicable(f"{subject.cls.__name__}.calls_closure_repeatedly is True")
     params = tensors()
     optimizer = subject.build(params)
-    calls = []
+    calls: list[int] = []
 
     def closure() -> float:
         calls.append(len(calls))
@@ -212,7 +212,7 @@ def closure_comes_before_the_gradients_are_read(subject: Subject) -> None:
 
 @check
 def step_hooks_fire_once(subject: Subject) -> None:
-    """torch's pre and post hooks of ``step`` fire once a step."""
+    """The pre and post hooks of ``step`` that torch offers fire once a step."""
     params = tensors()
     optimizer = subject.build(params)
     fired = []
@@ -273,7 +273,7 @@ def global_random_state_is_left_alone(subject: Subject) -> None:
         require(bool((torch.get_rng_state() == before[0]).all()), "torch's random state changed")
         require(np.random.get_state()[1].tolist() == before[1], "numpy's random state changed")  # type: ignore[index]
         require(random.getstate() == before[2], "python's random state changed")
-    require_equal(*results, "with another seed")
+    require_equal(results[0], results[1], "with another seed")
 
 
 @check
