@@ -57,7 +57,7 @@ def launch(
     Raises:
         TypeError: If a dtype is not supported.
         ValueError: If the tensors that belong together differ in dtype, device or size.
-        RuntimeError: If a tensor to be written overlaps itself, or lies on the CPU and the interpreter is not on.
+        RuntimeError: If a tensor to be written overlaps itself, or tensors lie on the CPU without the interpreter.
 
     Cost:
         One pass over memory. The first call for a method, its flags and dtypes compiles for about a second. The device
@@ -75,7 +75,7 @@ def launch(
     sizes = _sizes(columns)
     rows = [sizes, list(numbers) or [0] * len(sizes), *(list(map(Tensor.data_ptr, column)) for column in columns)]
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        tables = _tables(device, list(map(Tensor.data_ptr, params)), sizes)
+        tables = _tables(device, len(rows), list(map(Tensor.data_ptr, params)), sizes)
         if tables.programs:
             scalars, places, vectors = _coefficients(("step", *method.COEFFICIENTS), coefficients, len(sizes), device)
             multi_tensor[(tables.programs,)](
@@ -111,9 +111,9 @@ def _dtype(column: list[Tensor], device: int) -> Any:
     reason = unsupported(dtype)
     if reason is not None:
         raise TypeError(reason)
-    if device < 0 and isinstance(multi_tensor, triton.JITFunction):
+    if (device >= 0) != isinstance(multi_tensor, triton.JITFunction):
         raise RuntimeError(
-            "Triton kernels run on CPU tensors only with TRITON_INTERPRET=1, set before the first import"
+            "Triton kernels run on CUDA tensors; with TRITON_INTERPRET=1, set before the first import, on CPU tensors"
         )
     return _DTYPES[dtype]
 
@@ -134,7 +134,9 @@ def _coefficients(
     Returns:
         The floats (0 in the place of others), for each coefficient its row in the matrix or -1, and the matrix or None.
     """
-    scalars, places, vectors = [], [], []
+    scalars: list[float] = []
+    places: list[int] = []
+    vectors: list[Tensor] = []
     for name in names:
         value = coefficients[name]
         if isinstance(value, Tensor) and (value.ndim or value.is_cuda):
@@ -182,9 +184,9 @@ _kept: OrderedDict[tuple[Any, ...], _Tables] = OrderedDict()
 _captured: list[Tensor] = []  # what graphs read when they are replayed: nobody says when a graph has gone
 
 
-def _tables(device: torch.device, addresses: list[int], sizes: list[int]) -> _Tables:
+def _tables(device: torch.device, rows: int, addresses: list[int], sizes: list[int]) -> _Tables:
     """The tables of these parameters; steps on the same parameters come one after the other, on whatever streams."""
-    key = (device, tuple(addresses), tuple(sizes))
+    key = (device, rows, tuple(addresses), tuple(sizes))
     if key not in _kept:
         _kept[key] = _Tables(sizes, device)
         if len(_kept) > 256:

@@ -1,5 +1,8 @@
 """The one kernel: it walks many tensors and calls a method's elementwise update on every block of them."""
 
+# mypy: ignore-errors
+# (tuples grow in loops that the compiler unrolls)
+
 import triton
 import triton.language as tl
 
@@ -61,6 +64,7 @@ def _block(
     FULL: tl.constexpr,
 ):
     offsets = tl.arange(0, BLOCK)
+    inside = offsets < size - start
     pointers = ()
     values = ()
     for i in tl.static_range(len(DTYPES)):
@@ -70,7 +74,7 @@ def _block(
             value = tl.load(pointer)
         else:
             pointer = pointer + start + offsets
-            value = tl.load(pointer, mask=offsets < size - start)
+            value = tl.load(pointer, mask=inside)
         pointers = pointers + (pointer,)
         values = values + (value.to(tl.float32),)
     g = values[1]
@@ -91,4 +95,4 @@ def _block(
             if FULL:
                 tl.store(pointers[i], result)
             else:
-                tl.store(pointers[i], result, mask=offsets < size - start)
+                tl.store(pointers[i], result, mask=inside)

@@ -1,5 +1,6 @@
 """The kernels run compiled on a GPU where there is one, else on the CPU in Triton's interpreter."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,7 +27,7 @@ def device() -> str:
 
 @pytest.fixture(autouse=True)
 def _faithful_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Round to bfloat16 as a GPU does, where the interpreter truncates; test_compile.py looks for the instruction.
+    """Make the interpreter as strict as a GPU: rounding to bfloat16, which it truncates to, and promises of alignment.
 
     It also computes masked elements, whatever lies in memory there, and numpy would warn.
     """
@@ -38,7 +39,12 @@ def _faithful_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         exact = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
         return exact.to(torch.bfloat16).view(torch.uint16).numpy().reshape(values.shape)
 
+    def set_attribute(handle: interpreter.TensorHandle, name: str, values: list[int]) -> None:
+        if name == "tt.divisibility":
+            assert (handle.data % values[0] == 0).all(), "misaligned address"
+
     monkeypatch.setattr(interpreter, "_convert_float", rounded)
+    monkeypatch.setattr(interpreter.TensorHandle, "set_attr", set_attribute)
     with np.errstate(all="ignore"):
         yield
 
@@ -47,7 +53,8 @@ def _faithful_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def few_programs(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large blocks, since the interpreter needs 10 ms for a program and little more for its elements."""
     if device == "cpu":
-        monkeypatch.setattr(_launch, "_BLOCK", 1 << 15)
+        monkeypatch.setattr(_launch, "_BLOCK", 1 << 12)
+        monkeypatch.setattr(_launch, "_kept", OrderedDict())  # tables for blocks of that size
 
 
 @pytest.fixture

@@ -204,8 +204,8 @@ def test_new_tensors_at_every_step_and_the_same_at_every_step(device):
 
 def test_tables_are_forgotten_in_the_end(device, monkeypatch):
     monkeypatch.setattr(_launch, "_kept", type(_launch._kept)())
-    for _ in range(258):
-        _launch._tables(torch.device(device), [len(_launch._kept)], [3 + len(_launch._kept)])
+    for number in range(258):
+        _launch._tables(torch.device(device), 4, [number], [3])
     assert len(_launch._kept) <= 256
 
 
@@ -241,6 +241,14 @@ def test_wrong_tensors_are_refused(device):
         descend([x], [x], [noise(2, 4, device=device).t()])
     with pytest.raises(TypeError, match=r"float64"):
         descend([x.double()], [x.double()])
+
+
+def test_cpu_tensors_need_the_interpreter(monkeypatch):
+    import triton
+
+    monkeypatch.setattr(_launch, "multi_tensor", triton.JITFunction(multi_tensor.fn))
+    with pytest.raises(RuntimeError, match="with TRITON_INTERPRET=1"):
+        descend([torch.ones(3)], [torch.ones(3)])
 
 
 def test_unsupported_says_why(monkeypatch):
