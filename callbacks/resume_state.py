@@ -22,12 +22,12 @@ from torch import Tensor
 from lightning_opt._lightning import logged_values, metrics, replicas, restart
 from lightning_opt.registry import register
 
+# The moments at which a checkpoint may be written: in a hook of that name, or inside a batch or a validation.
 BATCH_END = "batch end"
 VALIDATION_END = "validation end"
 EPOCH_END = "epoch end"
 TRAIN_END = "train end"
 INSIDE = "inside"
-"""Moments at which a checkpoint is written; ``INSIDE`` a batch or a validation it is too late or too early."""
 
 
 @register("callback", summary="Makes a resumed run repeat the uninterrupted one bit for bit")
@@ -127,9 +127,8 @@ class ResumeState(pl.Callback):
             rank_zero_warn("ResumeState: the checkpoint was written without this callback; resume is not exact.")
             return
         if state["moment"] == INSIDE or state["ranks"] is None:
-            if (
-                progress["epoch_loop.batch_progress"]["total"]["ready"] > 0
-            ):  # not as Lightning's Tuner saves, before all
+            begun = progress["epoch_loop.batch_progress"]["total"]["ready"] > 0
+            if begun:  # Lightning's Tuner saves before, and loads again
                 rank_zero_warn(
                     "ResumeState: the checkpoint was written inside a batch or a validation, which is now run again;"
                     " resume is not exact."
