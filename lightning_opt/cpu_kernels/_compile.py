@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 from ._bits import narrow, narrow_stochastically, widen
 
 _TYPES = {"float32": types.float32, "float64": types.float64, "bfloat16": types.uint16}
-_OPTIONS = {"nogil": True, "error_model": "numpy"}  # Python's checks of divisors would prevent vectorization
+_OPTIONS = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}  # Python's checks of divisors would prevent vectorization
 
 
 def compiled(
@@ -33,7 +33,7 @@ def compiled(
     work = types.float64 if dtypes[0] == "float64" else types.float32
     Slots = namedtuple("Slots", ("p", "g", *states))  # type: ignore[misc]
     Coefficients = namedtuple("Coefficients", coefficients)  # type: ignore[misc]
-    update = numba.njit(method(**dict(flags)), **_OPTIONS)
+    update = numba.njit(method(**dict(flags)), **_OPTIONS, no_cpython_wrapper=True)
     row_of_addresses = _row(types.UniTuple(types.int64, len(dtypes)))
     row_of_coefficients = _row(types.NamedUniTuple(work, len(coefficients), Coefficients))
     row_of_keys = _row(types.UniTuple(types.uint32, len(dtypes)))

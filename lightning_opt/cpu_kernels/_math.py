@@ -47,9 +47,9 @@ def sigmoid(x):
 def sinh_cosh(x, limit):
     """``sinh(x)`` and ``cosh(x) - 1`` of x cut to the range from -limit to limit."""
     half, one = type(x)(0.5), type(x)(1)
-    e = expm1(x, limit)
+    e = expm1(abs(x), limit)
     quotient = e / (e + one)
-    return half * (e + quotient), half * e * quotient
+    return math.copysign(half * (e + quotient), x), half * e * quotient
 
 
 def times_exp(x, y, limit):

@@ -27,7 +27,7 @@ def exponentiated_sgd(*, variant: str, momentum: bool, nesterov: bool) -> Callab
             return s * clamp_min(times_exp(abs(p), -c.lr * s * g, c.limit), c.floor)
         if variant == "gd_sign":
             moved = p - c.lr * g
-            return moved if s == 0 else s * clamp_min(s * moved, c.floor)
+            return s * clamp_min(s * moved, c.floor) + (type(p)(1) - abs(s)) * moved
         if variant == "hyper":
             # beta * sinh(asinh(p / beta) - d), by the addition theorem
             sinh, cosh_1 = sinh_cosh(c.lr * g, c.limit)
