@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from functools import partial
 from typing import Any
 
 import jsonargparse
@@ -120,7 +121,7 @@ def groups_of_a_module_are_complete(subject: Subject) -> None:
     expected = {name: p for name, p in module.named_parameters() if p.requires_grad}
     require(len(named) == len(expected) and {name for name, _ in named} == expected.keys(), f"{[n for n, _ in named]}")
     require(all(expected[name] is p for name, p in named), "a name stands beside another parameter")
-    subject.build(groups)
+    refusal(partial(subject.build, groups), "shape", "dimension")  # some methods take matrices only
 
 
 def _refuses(subject: Subject, option: str, values: list[Any], *words: str) -> None:

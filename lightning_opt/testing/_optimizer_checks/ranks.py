@@ -2,6 +2,7 @@
 
 import datetime
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,19 +39,19 @@ def check_optimizers_ddp(subjects: Iterable[tuple[type[Optimizer], dict[str, Any
         ``if __name__ == "__main__":``.
     """
     chosen = [Subject(cls, kwargs) for cls, kwargs in subjects]
-    first, second = on_two_ranks(_train_all, chosen)
+    results = zip(*on_two_ranks(_train_all, chosen), strict=True)
+    checks = [(str(subject), partial(_agree, subject, ranks)) for subject, ranks in zip(chosen, results, strict=True)]
+    return evaluate("two ranks of DDP", checks)
 
-    def check(subject: Subject, ranks: tuple[Any, Any]) -> None:
-        for number, result in enumerate(ranks):
-            require(not isinstance(result, str), f"rank {number}: {result}")
-        require_equal(ranks[0], ranks[1], "rank 0 against rank 1")
-        alone = Regression(subject, torch.float64)
-        with same_random_state():
-            fit(alone, 8)
-        require_near(ranks[0], alone.parameters(), "two ranks against one process with the whole batch")
 
-    rows = list(zip(chosen, zip(first, second, strict=True), strict=True))
-    return evaluate("2 ranks of DDP", [(str(s), lambda s=s, ranks=ranks: check(s, ranks)) for s, ranks in rows])
+def _agree(subject: Subject, ranks: tuple[Any, Any]) -> None:
+    for number, result in enumerate(ranks):
+        require(not isinstance(result, str), f"rank {number}: {result}")
+    require_equal(ranks[0], ranks[1], "rank 0 against rank 1")
+    alone = Regression(subject, torch.float64)
+    with same_random_state():
+        fit(alone, 8)
+    require_near(ranks[0], alone.parameters(), "two ranks against one process with the whole batch")
 
 
 def _train_all(subjects: list[Subject]) -> list[list[Tensor] | str]:
