@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import lightning
 import torch
+import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -24,6 +25,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning_utilities.core.enums import StrEnum
 from torch.optim import Optimizer
 
 from lightning_opt import __version__, registry
@@ -32,6 +34,9 @@ from lightning_opt.callbacks import ResumeState, RunReport
 from . import arguments, runs
 from .checkpoint import PeriodicCheckpoint
 from .errors import UserError, culprit, explain, import_class
+
+# Defaults such as that of lightning's Timer(interval=Interval.step) would otherwise make saving the config fail.
+yaml.SafeDumper.add_multi_representer(StrEnum, lambda dumper, value: dumper.represent_str(value.value))
 
 
 class LightningOptCLI(LightningCLI):

@@ -10,12 +10,13 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from lightning_opt.callbacks import ResumeState, RunReport
 from lightning_opt.cli import LightningOptCLI, PeriodicCheckpoint, main
 from lightning_opt.cli.lightning_cli import build_optimizers
-from lightning_opt.cli.runs import newest_checkpoint
+from lightning_opt.cli.runs import new_run_folder, newest_checkpoint
 
 RUNS = Path("runs/digits/quickstart")
 BORING = "lightning.pytorch.demos.boring_classes.BoringModel"
@@ -393,6 +394,37 @@ def test_ctrl_c_before_the_first_checkpoint(fit, interrupt_at, monkeypatch, caps
     interrupt_at(1, signal.SIGINT)
     assert fit() == 130
     assert "Interrupted before the first checkpoint, which is written after 100 steps" in capsys.readouterr().err
+
+
+def test_sigterm_ends_like_ctrl_c_and_the_resumed_run_is_exact(fit, interrupt_at, monkeypatch, capsys) -> None:
+    assert fit("--trainer.max_epochs=3", "--name=whole") == 0
+    interrupt_at(3, signal.SIGTERM)
+    assert fit("--trainer.max_epochs=3", "--checkpoint.every_n_train_steps=1") == 128 + signal.SIGTERM
+    assert "Interrupted. Resume with: lightning-opt fit" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert fit("--trainer.max_epochs=3", "--ckpt_path=last") == 0
+    whole, resumed = _weights(newest_checkpoint("runs", "whole")), _weights(_checkpoint(1))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+# --- run folders ---
+
+
+def test_two_runs_that_start_at_once_get_two_folders(monkeypatch) -> None:
+    first = new_run_folder("runs", "a/b")
+    assert first == Path("runs/a/b/version_0")
+    with monkeypatch.context() as context:
+        context.setattr(
+            "lightning_opt.cli.runs._run_folders", lambda parent: []
+        )  # as seen before the other made its own
+        assert new_run_folder("runs", "a/b") == Path("runs/a/b/version_1")
+
+
+def test_other_ranks_take_the_folder_of_rank_0(monkeypatch) -> None:
+    folder = new_run_folder("runs", "fit")
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    assert new_run_folder("runs", "fit") == folder
+    assert [path.name for path in folder.parent.iterdir()] == ["version_0"]
 
 
 # --- the checkpoint callback ---

@@ -1,0 +1,109 @@
+"""Run recipes over seeds and write down what they give: accuracy on the test set, training time, steps.
+
+    python benchmarks/recipes.py                                  all recipes, seeds 0 1 2
+    python benchmarks/recipes.py digits/quickstart --seeds 0 1    one of them
+    python benchmarks/recipes.py --write                          put the numbers into the recipes' headers
+
+A seed sets the initial weights and the order of the data. Every run is the command of the recipe's header, in this
+process. Finished seeds are kept in ``benchmarks/results/recipes/<name>.json`` and skipped, until the recipe changes.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from _runner import RESULTS, write_result
+
+from lightning_opt.cli import LightningOptCLI
+from lightning_opt.cli.recipes import recipe_names, recipe_path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="recipes; default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--write", action="store_true", help="write result and minutes into the recipes' headers")
+    options = parser.parse_args()
+    names = options.names or recipe_names()
+    results = {name: measure(name, options.seeds) for name in names}
+    print(f"\n{'recipe':<32}{'test accuracy':>18}{'seconds':>10}{'steps':>8}{'seeds':>7}")
+    for name, result in results.items():
+        accuracy = f"{result['accuracy_mean']:.2%} ± {result['accuracy_std']:.2%}"
+        print(f"{name:<32}{accuracy:>18}{result['seconds_mean']:>10.1f}{result['steps']:>8}{len(result['runs']):>7}")
+        if options.write:
+            write_header(recipe_path(name), result)
+
+
+def measure(name: str, seeds: list[int]) -> dict[str, Any]:
+    """The result of a recipe over seeds; runs what is not on file."""
+    file = RESULTS / "recipes" / f"{name}.json"
+    digest = hashlib.sha256(_without_header(recipe_path(name).read_text()).encode()).hexdigest()
+    old = json.loads(file.read_text()) if file.exists() else {}
+    runs = old["runs"] if old.get("recipe_sha256") == digest else {}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for seed in seeds:
+        if str(seed) not in runs:
+            runs[str(seed)] = run(name, seed)
+            write_result(f"recipes/{name}", {"recipe": name, "recipe_sha256": digest, **summary(runs)})
+    return summary({str(seed): runs[str(seed)] for seed in seeds})
+
+
+def run(name: str, seed: int) -> dict[str, float]:
+    """One fit and its test."""
+    with tempfile.TemporaryDirectory() as folder:
+        cli = LightningOptCLI(
+            [
+                "fit",
+                f"--config={name}",
+                f"--seed_everything={seed}",
+                f"--data.seed={seed}",
+                f"--trainer.default_root_dir={folder}",
+                "--trainer.callbacks+=Timer",
+                "--trainer.enable_progress_bar=false",
+                "--trainer.enable_model_summary=false",
+            ]
+        )
+    timer = next(callback for callback in cli.trainer.callbacks if type(callback).__name__ == "Timer")
+    return {
+        "test_accuracy": cli.test_results[0]["test/accuracy"],
+        "test_loss": cli.test_results[0]["test/loss"],
+        "train_seconds": timer.time_elapsed("train"),  # with its validation
+        "steps": cli.trainer.global_step,
+    }
+
+
+def summary(runs: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Mean and standard deviation over the seeds (0 for a single one)."""
+    accuracies = [r["test_accuracy"] for r in runs.values()]
+    return {
+        "accuracy_mean": statistics.mean(accuracies),
+        "accuracy_std": statistics.stdev(accuracies) if len(runs) > 1 else 0.0,
+        "seconds_mean": statistics.mean(r["train_seconds"] for r in runs.values()),
+        "steps": next(iter(runs.values()))["steps"],
+        "runs": runs,
+    }
+
+
+def write_header(path: Path, result: dict[str, Any]) -> None:
+    """Put the measured numbers into the header lines ``result`` and ``minutes``."""
+    seeds = len(result["runs"])
+    spread = f" ± {100 * result['accuracy_std']:.1f}" if seeds > 1 else ""
+    of = f"mean and standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
+    text = path.read_text()
+    line = f"# result: {100 * result['accuracy_mean']:.1f}{spread} % test accuracy ({of})"
+    text = re.sub(r"^# result:.*$", line, text, count=1, flags=re.MULTILINE)
+    text = re.sub(r"^# minutes:.*$", f"# minutes: {result['seconds_mean'] / 60:.1f}", text, count=1, flags=re.MULTILINE)
+    path.write_text(text)
+
+
+def _without_header(text: str) -> str:
+    return re.sub(r"\A(#.*\n)+", "", text)
+
+
+if __name__ == "__main__":
+    main()
