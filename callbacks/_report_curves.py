@@ -127,6 +127,7 @@ def _draw(axes: "Axes", curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> Non
     finite = [values[np.isfinite(values)] for _, values in curves.values()]
     if _spans_decades(np.concatenate(finite)):
         axes.set_yscale("log")
+        axes.minorticks_off()
     ends = []
     for index, (label, (steps, values)) in enumerate(curves.items()):
         color = OF_STAGE.get(label.partition(" ")[0], COLORS[index % len(COLORS)])

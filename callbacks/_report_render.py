@@ -32,6 +32,7 @@ def render_svg(panel: Panel) -> tuple[str, Panel]:
 
 def render_png(panels: Sequence[Panel], title: str, subtitle: str, path: Path) -> None:
     """Draw all panels as one picture with a title above them."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -39,7 +40,7 @@ def render_png(panels: Sequence[Panel], title: str, subtitle: str, path: Path) -
     rows = max(1, math.ceil(len(panels) / columns))
     with _style():
         layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
-        figure = Figure(figsize=(4.6 * columns, 2.9 * rows + 0.7), layout=layout)
+        figure = Figure(figsize=(4.6 * columns, 2.9 * rows + 0.7), dpi=140, layout=layout)
         figure.suptitle(f"{title}\n", x=0.012, ha="left", fontsize=13, fontweight="bold", parse_math=False)
         at = (0.012, 1 - 0.42 / figure.get_figheight())
         figure.text(*at, subtitle, fontsize=9.5, color=MUTED, va="top", parse_math=False).set_in_layout(False)
@@ -47,7 +48,7 @@ def render_png(panels: Sequence[Panel], title: str, subtitle: str, path: Path) -
             axes = figure.add_subplot(rows, columns, index + 1)
             _draw(panel, axes)
             axes.set_title(panel.title, parse_math=False)
-        figure.savefig(path, format="png", dpi=140)
+        FigureCanvasAgg(figure).print_png(path)  # savefig would draw everything twice
 
 
 class _ErrorText:
@@ -62,13 +63,14 @@ class _ErrorText:
 
 
 def _svg(panel: Panel) -> str:
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     with _style():
         figure = Figure(figsize=(3.7, 2.5), layout="constrained")
         _draw(panel, figure.add_subplot())
         written = io.StringIO()
-        figure.savefig(written, format="svg", metadata={"Date": None})
+        FigureCanvasSVG(figure).print_svg(written, metadata={"Date": None})
     svg = written.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
