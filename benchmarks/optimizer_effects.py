@@ -171,9 +171,8 @@ def dale() -> dict[str, dict[str, list[float]]]:
 
     def histograms(axes: Any) -> None:
         for name in ("SGD 0.05", "sign-frozen SGD 0.05", "ExponentiatedSGD 0.3", "ExponentiatedAdamW 0.03"):
-            x = last[name][last[name] > -18]
-            axes.hist(x.numpy(), bins=90, range=(-9, 0), density=True, histtype="step", lw=1.3, label=name)
-        axes.set(xlabel="log |w| of the hidden layers", ylabel="density")
+            axes.hist(last[name].numpy(), bins=80, range=(-11, 1), density=True, histtype="step", lw=1.3, label=name)
+        axes.set(yscale="log", ylim=(1e-3, 1), xlabel="log |w| of the hidden layers", ylabel="density")
         axes.set_title("From a log-normal start, multiplicative steps keep the weights log-normal", fontsize=10)
 
     _draw("exponentiated_weights", histograms)

@@ -11,7 +11,7 @@ best validation accuracy is the method's. A seed sets the initial weights and th
 methods. Two methods are tied if their mean test accuracies differ by less than one standard error of the difference,
 paired by seed.
 
-Every run is written to ``benchmarks/results/optimizers.json`` when it ends, and is not repeated until a setting changes.
+Every run is written to ``benchmarks/results/optimizers.json`` when it ends, and is skipped until a setting changes.
 """
 
 import argparse

@@ -10,7 +10,7 @@ from lightning_opt.optim import EGPlusMinus, ExponentiatedSGD
 from tests.reference.exponentiated import eg_plus_minus
 from tests.reference.problems import naive_trajectory, noisy_quadratic, trajectory
 
-settings = {"EGPlusMinus": [{"lr": 0.05}, {"lr": 0.05, "budget": 1000.0, "momentum": 0.5}]}
+settings = {"EGPlusMinus": [{"lr": 0.05}, {"lr": 1e-3, "budget": 1000.0, "momentum": 0.5}]}
 
 FOREACH = pytest.mark.parametrize("foreach", [False, True])
 
