@@ -43,6 +43,9 @@ def main(argv: list[str] | None = None) -> int:
             return _dispatch(words)
     except SystemExit as error:  # argparse's help and errors, and what Lightning makes of Ctrl-C
         return error.code if isinstance(error.code, int) else int(error.code is not None)
+    except KeyboardInterrupt:  # outside training, where Lightning turns it into SystemExit
+        print("lightning-opt: interrupted.", file=sys.stderr)
+        return 130
     except Exception as error:
         status = _status(error)
         if debug or status is None:

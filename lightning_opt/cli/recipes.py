@@ -85,16 +85,18 @@ def nearest_recipes(name: str, names: list[str]) -> list[str]:
 
 
 def recipe_table(width: int) -> str:
-    """The recipes as a table at most ``width`` characters wide, its two columns of prose wrapped."""
+    """The recipes as a table; its columns of prose are wrapped to fit ``width`` characters, but not below 16 each."""
     columns = ("name", "method", "data", "shows", "result", "minutes")
-    rows = [columns] + [
-        tuple({"name": name, **recipe_header(FOLDER / f"{name}.yaml")}.get(c, "") for c in columns)
-        for name in recipe_names()
-    ]
+    prose = (2, 3, 4)
+    rows: list[tuple[str, ...]] = [columns]
+    for name in recipe_names():
+        header = {"name": name, **recipe_header(FOLDER / f"{name}.yaml")}
+        rows.append(tuple(header.get(column, "") for column in columns))
     widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
-    fixed = sum(widths) - widths[3] - widths[4] + 2 * (len(columns) - 1)
-    prose = max(20, (width - fixed) // 2)
-    widths[3], widths[4] = min(widths[3], prose), min(widths[4], prose)
+    room = width - 2 * (len(columns) - 1) - sum(w for i, w in enumerate(widths) if i not in prose)
+    for left, i in zip((3, 2, 1), sorted(prose, key=widths.__getitem__), strict=True):
+        widths[i] = min(widths[i], max(16, room // left))  # what a narrow column leaves, the wider ones get
+        room -= widths[i]
     lines = []
     for row in rows:
         cells = [textwrap.wrap(cell, w) or [""] for cell, w in zip(row, widths, strict=True)]

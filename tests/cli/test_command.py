@@ -72,6 +72,15 @@ def test_debug_shows_the_traceback_of_a_mistake(monkeypatch, capsys) -> None:
     assert main(["fit", "--optimizer=AdaBelif"]) == 2
 
 
+def test_ctrl_c_outside_training(monkeypatch, capsys) -> None:
+    def interrupt(words: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lightning_opt.cli.command._dispatch", interrupt)
+    assert main(["recipes", "list"]) == 130
+    assert capsys.readouterr().err == "lightning-opt: interrupted.\n"
+
+
 def test_importing_the_command_and_listing_recipes_needs_no_torch() -> None:
     code = (
         "import sys; from lightning_opt.cli import main; assert main(['recipes', 'list']) == 0;"

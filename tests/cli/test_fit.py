@@ -1,8 +1,11 @@
 """``fit`` and its companions: run folders, checkpoints, resume, optimizers and schedulers from a config."""
 
 import os
+import shlex
 import shutil
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -88,8 +91,19 @@ def test_own_callbacks_are_added_once(quick_cli) -> None:
 def test_fast_dev_run_and_evaluation_write_nothing(fit) -> None:
     assert fit("--trainer.fast_dev_run=true", "--report=true") == 0
     assert main(["test", "--model.net.hidden=[8]", "--trainer.accelerator=cpu"]) == 0
-    assert main(["validate", "--model.net.hidden=[8]", "--trainer.accelerator=cpu"]) == 0
     assert not list(Path().iterdir())
+
+
+def test_evaluating_without_a_checkpoint_says_so(capsys) -> None:
+    assert main(["validate", "--model.net.hidden=[8]", "--trainer.accelerator=cpu"]) == 0
+    assert "No --ckpt_path, so the weights are untrained; --ckpt_path=last" in capsys.readouterr().err
+
+
+def test_a_logger_of_the_users_leaves_the_run_folder_as_it_is(fit) -> None:
+    logger = ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=logs", "--trainer.logger.version=7"]
+    assert fit(*logger) == 0
+    assert {path.name for path in (RUNS / "version_0").iterdir()} == {"config.yaml", "checkpoints"}
+    assert {path.name for path in Path("logs/lightning_logs/version_7").iterdir()} == {"metrics.csv"}
 
 
 def test_without_checkpointing(fit, capsys) -> None:
@@ -364,47 +378,36 @@ class Interrupt(pl.Callback):
             os.kill(os.getpid(), self.signal_number)
 
 
-@pytest.fixture
-def interrupt_at(monkeypatch: pytest.MonkeyPatch):
-    """Add a callback that sends a signal behind a step to every Trainer that the command makes."""
-
-    def arrange(step: int, signal_number: int) -> None:
-        own = LightningOptCLI._own_callbacks
-        callback = Interrupt(step, signal_number)
-        monkeypatch.setattr(LightningOptCLI, "_own_callbacks", lambda *a: [*own(*a), callback])
-
-    yield arrange
-    monkeypatch.undo()
+@contextmanager
+def interrupted_at(step: int, signal_number: int) -> Iterator[None]:
+    """Every Trainer that the command makes gets the signal behind a step."""
+    own = LightningOptCLI._own_callbacks
+    callback = Interrupt(step, signal_number)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LightningOptCLI, "_own_callbacks", lambda *a: [*own(*a), callback])
+        yield
 
 
-def test_ctrl_c_leaves_the_last_checkpoint_and_says_how_to_go_on(fit, interrupt_at, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_how_to_resume_and_that_is_exact(signal_number: int, fit, capsys) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    with monkeypatch.context():
-        interrupt_at(3, signal.SIGINT)
-        status = fit("--checkpoint.every_n_train_steps=2", "--name=a b")
-    error = capsys.readouterr().err
-    assert status == 130, error
-    assert "Interrupted. Resume with: lightning-opt fit " in error
-    assert "'--name=a b' --ckpt_path=last" in error
-    assert torch.load(newest_checkpoint("runs", "a b"), weights_only=True)["global_step"] == 2
-
-
-def test_ctrl_c_before_the_first_checkpoint(fit, interrupt_at, monkeypatch, capsys) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    interrupt_at(1, signal.SIGINT)
-    assert fit() == 130
-    assert "Interrupted before the first checkpoint, which is written after 100 steps" in capsys.readouterr().err
-
-
-def test_sigterm_ends_like_ctrl_c_and_the_resumed_run_is_exact(fit, interrupt_at, monkeypatch, capsys) -> None:
     assert fit("--trainer.max_epochs=3", "--name=whole") == 0
-    interrupt_at(3, signal.SIGTERM)
-    assert fit("--trainer.max_epochs=3", "--checkpoint.every_n_train_steps=1") == 128 + signal.SIGTERM
-    assert "Interrupted. Resume with: lightning-opt fit" in capsys.readouterr().err
-    monkeypatch.undo()
-    assert fit("--trainer.max_epochs=3", "--ckpt_path=last") == 0
-    whole, resumed = _weights(newest_checkpoint("runs", "whole")), _weights(_checkpoint(1))
+    words = ["--trainer.max_epochs=3", "--name=a b", "--checkpoint.every_n_train_steps=1"]
+    with interrupted_at(3, signal_number):
+        assert fit(*words) == 128 + signal_number
+    error = capsys.readouterr().err
+    assert "Interrupted. Resume with: lightning-opt fit " in error
+    resume = shlex.split(error[error.index("lightning-opt fit") :].splitlines()[0])
+    assert main(resume[1:]) == 0
+    whole, resumed = _weights(newest_checkpoint("runs", "whole")), _weights(newest_checkpoint("runs", "a b"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_ctrl_c_before_the_first_checkpoint(fit, capsys) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with interrupted_at(1, signal.SIGINT):
+        assert fit() == 130
+    assert "Interrupted before the first checkpoint, which is written after 100 steps" in capsys.readouterr().err
 
 
 # --- run folders ---
