@@ -56,10 +56,14 @@ def optimizer_checks(cls: type[Optimizer], /, **kwargs: Any) -> Iterator[tuple[s
 
     Yields:
         The name of a check, and a function that raises ContractError, raises NotApplicable (which pytest reports as
-        skipped), or returns.
+        skipped), or returns. The function's docstring is the promise.
 
     Example:
+        In a test file: ``checks = [pytest.param(check, id=name) for name, check in optimizer_checks(Mine, lr=1e-2)]``.
+
         >>> checks = dict(optimizer_checks(torch.optim.SGD, lr=0.05))
-        >>> checks["closure_is_called_once"]()
+        >>> checks["one_step_is_one_global_step"].__doc__
+        'Each step counts once in ``trainer.global_step``, with accumulation too.'
+        >>> checks["one_step_is_one_global_step"]()
     """
     return bind(CHECKS, Subject(cls, kwargs))

@@ -90,7 +90,7 @@ def bind(checks: Mapping[str, Callable[[T], None]], subject: T) -> Iterator[tupl
     the check's name and its promise (the first line of its docstring).
     """
     for name, check in checks.items():
-        yield name, functools.partial(_run, name, check, subject)
+        yield name, functools.update_wrapper(functools.partial(_run, name, check, subject), check)
 
 
 def _run(name: str, check: Callable[[T], None], subject: T) -> None:

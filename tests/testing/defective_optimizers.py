@@ -498,11 +498,11 @@ class ClampsWhileAccumulating(HooksGradients):
 @fails("clipped_gradients_train")
 class UsesGradientsFromBeforeClipping(HooksGradients):
     def accumulated(self, p):
-        self.raw = {**getattr(self, "raw", {}), p: p.grad.clone()}
+        self.state[p]["raw"] = p.grad.clone()
 
     def before(self, params):
         for p in params:
-            p.grad = self.raw.get(p, p.grad)
+            p.grad = self.state[p].pop("raw", p.grad)
 
 
 @fails("bf16_mixed_precision_trains")

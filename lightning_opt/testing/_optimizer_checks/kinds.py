@@ -105,15 +105,15 @@ def many_small_tensors_work(subject: Subject) -> None:
     if subject.coupling[1]:
         raise NotApplicable("tensors influence each other")
     count = 2000
-    for name in subject.backends.keys() & {"default", "foreach"}:
-        (together,) = tensors([(count, 3, 3)], torch.float64)
-        grads = [gradients([together], t)[0] for t in range(2)]
-        params = [nn.Parameter(p.clone()) for p in together.detach()]
-        _train_on(subject.build(params, **subject.backends[name]), params, grads)
-        for i in (0, 1, 777, count - 1):
-            alone = [nn.Parameter(together.detach()[i].clone())]
-            _train_on(subject.build(alone, **subject.backends[name]), alone, [g[i : i + 1] for g in grads])
-            require_near([params[i]], alone, f"tensor {i} of {count} against one alone, backend {name}")
+    name = next(name for name in ("fused", "foreach", "default") if name in subject.backends)
+    (together,) = tensors([(count, 3, 3)], torch.float64)
+    grads = [gradients([together], t)[0] for t in range(2)]
+    params = [nn.Parameter(p.clone()) for p in together.detach()]
+    _train_on(subject.build(params, **subject.backends[name]), params, grads)
+    for i in (0, 1, 777, count - 1):
+        alone = [nn.Parameter(together.detach()[i].clone())]
+        _train_on(subject.build(alone, **subject.backends[name]), alone, [g[i : i + 1] for g in grads])
+        require_near([params[i]], alone, f"tensor {i} of {count} against one alone, backend {name}")
 
 
 def _train_on(optimizer: Optimizer, params: list[nn.Parameter], grads: list[Tensor]) -> None:

@@ -58,6 +58,10 @@ class Subject:
         names = ["loop", *(name for name in ("foreach", "fused") if not self.why_not(name))]
         return {"default": {}, **{name: self.backend(name) for name in names}}
 
+    def with_backend(self, name: str) -> "Subject":
+        """The same optimizer with that backend, as far as it has one."""
+        return Subject(self.cls, {**self.kwargs, **self.backend(name)})
+
     def why_not(self, backend: str) -> str:
         """Why it has no such backend (``"foreach"`` or ``"fused"``), or nothing."""
         if backend not in self.options:
@@ -89,7 +93,8 @@ class Subject:
         """Whether a gradient moves other coordinates of its own tensor, and other tensors; measured."""
         plain, changed = tensors(dtype=torch.float64), tensors(dtype=torch.float64)
         run(self.build(plain), plain)
-        run(self.build(changed), changed, edit=lambda grads, t: grads[0].view(-1)[0].mul_(1.5))
+        factors = (-2.0, 100.0, 0.0, -50.0, 1.0)  # signs, sizes and zeros: what a norm, a rank or a count depends on
+        run(self.build(changed), changed, edit=lambda grads, t: grads[0].view(-1)[0].mul_(factors[t]))
         moved = (changed[0] != plain[0]).view(-1)
         return bool(moved[1:].any()), bool((changed[1] != plain[1]).any())
 

@@ -1,0 +1,226 @@
+"""Every check of the optimizers' contract over every registered optimizer, and over optimizers of other packages.
+
+The settings to check with stand in the ``settings`` of each method's own test file: a dict from registered names to the
+constructor's arguments, or to a list of them.
+"""
+
+import ast
+import dataclasses
+import functools
+import importlib
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_optimizer
+import torch
+
+from lightning_opt import registry
+from lightning_opt.testing import ContractError, NotApplicable, check_optimizers_ddp, optimizer_checks
+
+registry.load_all()
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An optimizer, its settings, and what is known of it beforehand.
+
+    Attributes:
+        not_applicable: Checks of options that it does not take.
+        failures: Promises that it breaks: the check, and what the check must find.
+    """
+
+    cls: type[torch.optim.Optimizer]
+    kwargs: dict[str, Any]
+    not_applicable: frozenset[str]
+    failures: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def collect_settings(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The literal ``settings`` of every test file in a folder."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(folder.glob("test_*.py")):
+        for statement in ast.parse(path.read_text()).body:
+            if isinstance(statement, ast.Assign) and [ast.unparse(t) for t in statement.targets] == ["settings"]:
+                for name, kwargs in ast.literal_eval(statement.value).items():
+                    assert name not in found, f"{path.name} has settings for {name}, and so has another file"
+                    found[name] = kwargs if isinstance(kwargs, list) else [kwargs]
+    return found
+
+
+SETTINGS = collect_settings(Path(__file__).parent / "optim")
+OPTIMIZERS = {entry.name: entry for entry in registry.entries("optimizer")}
+
+# Options that a method does not have; fused kernels are left to test_fused_where_registered.
+NOT_APPLICABLE = {
+    "AdaBelief": {"refuses_wrong_momentum"},
+    "DiffGrad": {"refuses_wrong_momentum"},
+    "EGPlusMinus": {"refuses_wrong_betas", "refuses_wrong_eps", "refuses_wrong_weight_decay"},
+    "ExponentiatedAdamW": {"refuses_wrong_momentum"},
+    "ExponentiatedSGD": {"refuses_wrong_betas", "refuses_wrong_eps"},
+    "Lion": {"refuses_wrong_eps", "refuses_wrong_momentum"},
+    "LionK": {"refuses_wrong_eps", "refuses_wrong_momentum"},
+}
+
+TORCH_FAILURES = {
+    "refuses_wrong_values_in_groups": "lr=-1 in a group is accepted",
+    # fused=True reads gradients in memory order, whatever their strides
+    "layout_in_memory_does_not_matter": "backend fused: tensor 0 differs",
+    "expanded_gradients_work": "backend fused: tensor 0 differs",
+}
+PEER_FAILURES = {
+    "repr_names_the_options": "not in repr: .*maximize",
+    "refuses_wrong_lr": "lr=-1.0 raises NegativeLRError, not ValueError",
+    "refuses_wrong_weight_decay": "weight_decay=nan is accepted",
+    "refuses_wrong_values_in_groups": "lr=-1 in a group is accepted",
+    "gradients_are_left_alone": "'maximize': True",  # negated in place
+    # torch's Optimizer pickles its state and groups only; these keep options elsewhere
+    "pickled_optimizer_continues_exactly": "has no attribute",
+    "copied_optimizer_continues_exactly": "has no attribute",
+    "state_of_bfloat16_parameters_is_float32": "exp_avg is torch.bfloat16",
+}
+NOT_IN_PEERS = {
+    "refuses_wrong_momentum",
+    "groups_of_a_module_are_complete",
+    "fused_matches_the_loop",
+    "fused_and_foreach_exclude_each_other",
+    "capturable_gives_the_same_numbers",
+    "differentiable_steps_have_the_right_derivative",
+    "differentiable_steps_have_the_right_derivative_in_lr",
+}
+NOT_IN_SGD = {
+    "refuses_wrong_betas",
+    "refuses_wrong_eps",
+    "groups_of_a_module_are_complete",
+    "capturable_gives_the_same_numbers",
+}
+SGD_FAILURES = {
+    **TORCH_FAILURES,
+    "refuses_wrong_lr": "lr=nan is accepted",
+    "refuses_wrong_weight_decay": "weight_decay=nan is accepted",
+    "refuses_wrong_momentum": "momentum=nan is accepted",
+}
+CASES = {
+    **{
+        f"{name}-{i}": Case(OPTIMIZERS[name].target, kwargs, frozenset(NOT_APPLICABLE.get(name, ())))  # type: ignore[arg-type]
+        for name, several in SETTINGS.items()
+        for i, kwargs in enumerate(several)
+        if name in OPTIMIZERS
+    },
+    "torch-AdamW": Case(
+        torch.optim.AdamW,
+        {"lr": 1e-2},
+        # capturable needs an accelerator there
+        frozenset({"refuses_wrong_momentum", "groups_of_a_module_are_complete", "capturable_gives_the_same_numbers"}),
+        {
+            **TORCH_FAILURES,
+            "state_of_bfloat16_parameters_is_float32": "exp_avg is torch.bfloat16, exp_avg_sq is torch.bfloat16",
+        },
+    ),
+    "torch-SGD": Case(torch.optim.SGD, {"lr": 0.05}, frozenset(NOT_IN_SGD), SGD_FAILURES),
+    "torch-SGD-momentum": Case(
+        torch.optim.SGD,
+        {"lr": 0.05, "momentum": 0.9},
+        frozenset(NOT_IN_SGD),
+        {
+            **SGD_FAILURES,
+            "state_of_bfloat16_parameters_is_float32": "momentum_buffer is torch.bfloat16",
+            # the first momentum is a detached copy of the gradient
+            "differentiable_steps_have_the_right_derivative": "with respect to input 2",
+        },
+    ),
+    "pytorch_optimizer-AdaBelief": Case(
+        pytorch_optimizer.AdaBelief,
+        {"lr": 1e-2},
+        frozenset({*NOT_IN_PEERS, "tensor_lr_equals_float_lr"}),
+        {
+            **PEER_FAILURES,
+            "refuses_wrong_eps": "eps=nan is accepted",
+            "missing_gradients_are_skipped": "given only the others",  # one step count for the whole group
+        },
+    ),
+    "pytorch_optimizer-Lion": Case(
+        pytorch_optimizer.Lion,
+        {"lr": 1e-2},
+        frozenset({*NOT_IN_PEERS, "refuses_wrong_eps"}),
+        {
+            **PEER_FAILURES,
+            # torch.sign(nan) is 0
+            "nan_gradients_show_and_stay_where_they_are": "as if nothing had happened",
+            "infinite_gradients_do_not_hide_in_the_state": "the state is .nan., the parameter finite",
+        },
+    ),
+}
+CHECKS = [name for name, _ in optimizer_checks(torch.optim.SGD)]
+
+
+@functools.cache
+def checks_of(label: str) -> dict[str, Callable[[], None]]:
+    return dict(optimizer_checks(CASES[label].cls, **CASES[label].kwargs))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("label", CASES)
+@pytest.mark.parametrize("check", CHECKS)
+def test_contract(label, check):
+    case, run = CASES[label], checks_of(label)[check]
+    if check in case.failures:
+        with pytest.raises(ContractError, match=case.failures[check]):
+            run()
+    elif check in case.not_applicable:
+        with pytest.raises(NotApplicable):
+            run()
+    else:
+        try:
+            run()
+        except NotApplicable as reason:
+            if check != "fused_matches_the_loop" or "no fused kernel" not in str(reason):
+                pytest.fail(f"not applicable: {reason}")
+
+
+def test_every_optimizer_has_settings():
+    assert set(SETTINGS) == set(OPTIMIZERS)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_fused_where_registered(name):
+    applied = []
+    for i in range(len(SETTINGS[name])):
+        try:
+            checks_of(f"{name}-{i}")["fused_matches_the_loop"]()
+        except NotApplicable:
+            continue
+        applied.append(i)
+    assert bool(applied) == ("fused" in OPTIMIZERS[name].capabilities)
+
+
+def test_two_ranks_agree():
+    """One pair of processes for all, with one optimizer among them that must fail."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parent / "testing")  # so that the ranks can import it
+        bad = importlib.import_module("defective_optimizers").RanksDisagree
+        sound = [(case.cls, case.kwargs) for case in CASES.values()]
+        with pytest.raises(ContractError) as caught:
+            check_optimizers_ddp([*sound, (bad, {"lr": 1e-2})])
+    report = caught.value.report
+    assert set(report.failed) == {"RanksDisagree(lr=0.01)"}, report
+    assert re.search("rank 0 against rank 1: tensor 0 differs by .*e-0", report.failed["RanksDisagree(lr=0.01)"])
+    assert len(report.passed) == len(sound)
+
+
+def test_missing_settings_are_noticed(tmp_path):
+    (tmp_path / "test_a.py").write_text('settings = {"A": {"lr": 1}, "B": [{"lr": 2}, {"lr": 3}]}\n')
+    (tmp_path / "test_b.py").write_text("import math\n")
+    assert collect_settings(tmp_path) == {"A": [{"lr": 1}], "B": [{"lr": 2}, {"lr": 3}]}
+    (tmp_path / "test_b.py").write_text('settings = {"A": {}}\n')
+    with pytest.raises(AssertionError, match="test_b.py has settings for A"):
+        collect_settings(tmp_path)
