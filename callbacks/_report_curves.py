@@ -88,41 +88,35 @@ def curve_panels(metrics: Mapping[str, Curve], rates: Mapping[str, Curve]) -> li
     staged = [q for q, names in quantities.items() if parse(names[0]).stage]
     staged.sort(key=lambda q: ("loss" not in q.lower(), q != "loss"))
     others = sorted(q for q in quantities if q not in staged)
-    panels = [_metric_panel(q, {parse(name).label: metrics[name] for name in quantities[q]}) for q in staged]
+    last_step = max((curve.last[0] for curve in [*metrics.values(), *rates.values()]), default=1.0)
+    panels = [_panel(q, {parse(name).label: metrics[name] for name in quantities[q]}, last_step) for q in staged]
     if rates:
-        panels.append(_rates_panel(rates))
+        panels.append(_panel("learning rate", _distinct(rates), last_step))
     together: dict[str, list[str]] = defaultdict(list)
     for quantity in others:
         prefix = quantity.rpartition("/")[0] if len(quantities) > MOST_PANELS else ""
         together[prefix or quantity].append(quantity)
     for title, members in together.items():
         curves = {name.removeprefix(f"{title}/"): metrics[name] for q in members for name in quantities[q]}
-        panels.append(_metric_panel(title, {"": next(iter(curves.values()))} if len(curves) == 1 else curves))
+        panels.append(_panel(title, {"": next(iter(curves.values()))} if len(curves) == 1 else curves, last_step))
     return panels
 
 
-def _metric_panel(title: str, curves: dict[str, Curve]) -> Panel:
-    arrays = {label: _arrays(curve) for label, curve in curves.items()}
-    return Panel(title, lambda axes: _draw(axes, arrays))
+def _panel(title: str, curves: Mapping[str, Curve], last_step: float) -> Panel:
+    arrays = {label: tuple(map(np.asarray, curve.points())) for label, curve in curves.items()}
+    return Panel(title, lambda axes: _draw(axes, arrays, last_step))
 
 
-def _rates_panel(rates: Mapping[str, Curve]) -> Panel:
-    """Groups with the same learning rate at every step share a line."""
+def _distinct(rates: Mapping[str, Curve]) -> dict[str, Curve]:
+    """Groups with the same learning rate at every step share a line; a single line needs no name."""
     same: dict[tuple[Any, ...], list[str]] = defaultdict(list)
     for name, curve in rates.items():
         same[tuple(map(tuple, curve.points()))].append(name)
-    arrays = {", ".join(names): _arrays(rates[names[0]]) for names in same.values()}
-    if len(arrays) == 1:
-        arrays = {"": next(iter(arrays.values()))}
-    return Panel("learning rate", lambda axes: _draw(axes, arrays))
+    distinct = {", ".join(names): rates[names[0]] for names in same.values()}
+    return distinct if len(distinct) > 1 else {"": next(iter(distinct.values()))}
 
 
-def _arrays(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
-    steps, values = curve.points()
-    return np.asarray(steps), np.asarray(values)
-
-
-def _draw(axes: "Axes", curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+def _draw(axes: "Axes", curves: Mapping[str, tuple[np.ndarray, ...]], last_step: float) -> None:
     """Lines with their names and last values written at their right ends."""
     finite = [values[np.isfinite(values)] for _, values in curves.values()]
     if _spans_decades(np.concatenate(finite)):
@@ -143,7 +137,7 @@ def _draw(axes: "Axes", curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> Non
     )
     if low == high:
         axes.set_ylim(*(sorted((0.0, 2 * low)) if low else (-1.0, 1.0)))
-    axes.margins(x=0.01)
+    axes.set_xlim(0.0, 1.01 * last_step)
     _label_ends(axes, ends[:MOST_LABELS])
 
 

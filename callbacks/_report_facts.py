@@ -59,9 +59,10 @@ def machine_facts(device: torch.device) -> Facts:
 
 def config_text(trainer: Any, directory: Path) -> str:
     """The configuration that the command line saved beside the report, else hyper-parameters, else nothing."""
-    saved = directory / "config.yaml"
-    if saved.is_file():
-        return saved.read_text(encoding="utf-8")
+    for folder in (directory, Path(trainer.default_root_dir)):
+        saved = folder / "config.yaml"
+        if saved.is_file() and folder.resolve() != Path.cwd():  # there it may be anything
+            return saved.read_text(encoding="utf-8")
     lines = []
     for part in (trainer.lightning_module, trainer.datamodule):
         hparams: Mapping[str, Any] = part.hparams if part is not None else {}

@@ -30,7 +30,7 @@ class Page:
             f'<section class="grid">{"".join(_picture(*picture) for picture in self.pictures)}</section>',
             _section("Metrics", _table(("", "last", "best", "at step"), self.results)) if self.results else "",
             f'<div class="pair">{facts}</div>',
-            _section("Configuration", f"<pre>{escape(self.config)}</pre>") if self.config else "",
+            _folded("Configuration", f"<pre>{escape(self.config)}</pre>") if self.config else "",
         ]
         return _PAGE.format(title=escape(self.title), body="\n".join(filter(None, sections)))
 
@@ -68,6 +68,10 @@ def _section(title: str, content: str) -> str:
     return f"<section><h2>{escape(title)}</h2>{content}</section>"
 
 
+def _folded(title: str, content: str) -> str:
+    return f"<section><details><summary>{escape(title)}</summary>{content}</details></section>"
+
+
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     heads = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
@@ -98,7 +102,9 @@ body {{ margin: 0; background: var(--back); color: var(--ink); font: 15px/1.5 va
 main {{ max-width: 1240px; margin: 0 auto; padding: 32px 20px 64px; }}
 header {{ display: flex; flex-wrap: wrap; align-items: baseline; gap: 14px; }}
 h1 {{ font-size: 24px; font-weight: 650; letter-spacing: -0.01em; margin: 0; }}
-h2 {{ font-size: 16px; font-weight: 650; margin: 0 0 10px; }}
+h2, summary {{ font-size: 16px; font-weight: 650; margin: 0 0 10px; }}
+summary {{ margin: 0; cursor: pointer; }}
+details[open] summary {{ margin-bottom: 10px; }}
 .badge {{ font-size: 13px; font-weight: 600; }}
 .good {{ color: var(--good); }}
 .bad, .cause {{ color: var(--bad); }}

@@ -36,7 +36,7 @@ def render_png(panels: Sequence[Panel], title: str, subtitle: str, path: Path) -
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    columns = 1 if len(panels) <= 1 else 2 if len(panels) <= 4 else 3
+    columns = 2 if len(panels) == 4 else max(1, min(3, len(panels)))
     rows = max(1, math.ceil(len(panels) / columns))
     with _style():
         layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)

@@ -92,14 +92,14 @@ class RunReport(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        if is_log_step(trainer) or trainer.is_last_batch:
+        if is_log_step(trainer):
             self._used_rates = _learning_rates(trainer.optimizers)
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if row_is_due(trainer) or trainer.is_last_batch:
+        if row_is_due(trainer):
             self._due = True  # to be read when every hook of this batch has logged
             for name, rate in self._used_rates.items():
                 self._rates.setdefault(name, Curve()).add(trainer.global_step, rate)
@@ -125,6 +125,7 @@ class RunReport(pl.Callback):
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._catch_up(trainer)
+        self._seen = last_values(trainer)
         self._due = True  # the values of the epoch are still being logged
 
     @override

@@ -294,3 +294,16 @@ def test_statistics_of_our_optimizers_arrive():
             assert series.keys() == {4, 8, 12}, name
             assert all(math.isfinite(value) for value in series.values()), name
     assert model.net.weight.abs().max() < 10  # Lion with weight decay 0.1 stays in its box, so lyapunov is finite
+
+
+def test_diffgrad_says_that_its_friction_is_saturated():
+    class Flat(Net):
+        def training_step(self, batch, batch_idx):
+            return 1e-3 * super().training_step(batch, batch_idx)  # gradients, and so their differences, are small
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = Flat(lambda p: optim.DiffGrad(p, lr=1e-4))
+        trainer = fit([OptimizerMonitor()], model, max_epochs=10, log_every_n_steps=1)
+    assert max(trainer.logger.series("opt/xi_mean").values()) < 0.51
+    assert len([w for w in caught if "friction" in str(w.message)]) == 1

@@ -6,7 +6,7 @@ from typing import Any
 import jsonargparse
 
 from ..contract import require
-from .subject import Subject, check
+from .subject import Subject, check, described
 
 
 @check
@@ -27,7 +27,7 @@ def builds_from_a_config(subject: Subject) -> None:
     again = parser.parse_string(parser.dump(config))
     require(again == config, f"the config changes when it is saved and read: {config} becomes {again}")
     built = parser.instantiate(again)["callback"]
-    require(repr(built) == repr(subject.build()), f"from a config it is {built!r}, not {subject.build()!r}")
+    require(described(built) == described(subject.build()), f"from a config it is {built!r}, not {subject.build()!r}")
 
 
 @check

@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_opt.callbacks import ResumeState
 
 from ..contract import require
-from .subject import BATCHES, EPOCHS, Subject, check, require_equal, run, without_volatile
+from .subject import BATCHES, EPOCHS, Subject, check, described, require_equal, run, without_volatile
 
 _BUILTINS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 
@@ -45,7 +45,7 @@ def copies_and_pickles(subject: Subject) -> None:
     assert subject.outcome.callback is not None
     for when, callback in (("before a fit", subject.build()), ("after a fit", subject.outcome.callback)):
         for how, twin in (("copy", copy.deepcopy(callback)), ("pickle", pickle.loads(pickle.dumps(callback)))):
-            require(repr(twin) == repr(callback), f"{how} {when}: {twin!r}, not {callback!r}")
+            require(described(twin) == described(callback), f"{how} {when}: {twin!r}, not {callback!r}")
             state, expected = without_volatile(twin.state_dict()), without_volatile(callback.state_dict())
             require_equal(state, expected, f"state of a {how} {when}")
 

@@ -7,6 +7,7 @@ import functools
 import io
 import logging
 import random
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -376,6 +377,11 @@ def differences(a: Any, b: Any, where: str = "") -> Iterator[str]:
             yield from differences(x, y, f"{where}[{index}]")
     elif a != b and not (a != a and b != b):
         yield f"{where or 'it'} is {_short(a)}, not {_short(b)}"
+
+
+def described(callback: Any) -> str:
+    """Its ``repr`` without the address that Python's own has."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(callback))
 
 
 def without_volatile(state: Any) -> Any:
