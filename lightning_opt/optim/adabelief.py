@@ -201,6 +201,15 @@ class AdaBelief(Optimizer):
             )
         return None
 
+    def check_clipping(self, algorithm: str) -> str | None:
+        """A warning if clipping gradients by ``"norm"`` or ``"value"`` harms the method, else None."""
+        if algorithm == "value":
+            return (
+                "AdaBelief with gradients clipped by value: clamped gradients are constant, so their surprise vanishes and "
+                "the steps explode up to the floor; clip by norm"
+            )
+        return None
+
     @staticmethod
     def from_peer_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
         r"""Turn a checkpoint of another library's AdaBelief into one that ``load_state_dict`` takes.

@@ -313,3 +313,9 @@ def test_diagnosis_says_that_it_has_become_sgd():
     optimizer = AdaBelief([nn.Parameter(torch.zeros(2))])
     assert optimizer.diagnose({"floor_fraction": 0.98}, 1) is None
     assert "it is SGD with momentum now" in optimizer.diagnose({"floor_fraction": 0.995}, 1)
+
+
+def test_clipping_by_value_is_advised_against():
+    optimizer = AdaBelief([nn.Parameter(torch.zeros(2))])
+    assert "clip by norm" in optimizer.check_clipping("value")
+    assert optimizer.check_clipping("norm") is None
