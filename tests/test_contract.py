@@ -204,17 +204,22 @@ def test_fused_where_registered(name):
 
 
 def test_two_ranks_agree():
-    """One pair of processes for all, with one optimizer among them that must fail."""
+    """One pair of processes for all, with optimizers among them that must fail."""
+    sound = [(case.cls, case.kwargs) for case in CASES.values()]
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(Path(__file__).parent / "testing")  # so that the ranks can import it
-        bad = importlib.import_module("defective_optimizers").RanksDisagree
-        sound = [(case.cls, case.kwargs) for case in CASES.values()]
+        defective = importlib.import_module("defective_optimizers")
+        bad = [(defective.RanksDisagree, {"lr": 1e-2}), (defective.FailsOnOneRank, {"lr": 1e-2})]
         with pytest.raises(ContractError) as caught:
-            check_optimizers_ddp([*sound, (bad, {"lr": 1e-2})])
+            check_optimizers_ddp([*sound, *bad, (torch.optim.SGD, {"lr": 0.01})])
     report = caught.value.report
-    assert set(report.failed) == {"RanksDisagree(lr=0.01)"}, report
-    assert re.search("rank 0 against rank 1: tensor 0 differs by .*e-0", report.failed["RanksDisagree(lr=0.01)"])
-    assert len(report.passed) == len(sound)
+    assert len(report.passed) == len(sound), report
+    disagree, fails, after = report.failed.items()
+    assert disagree[0] == "RanksDisagree(lr=0.01)"
+    assert re.search("rank 0 against rank 1: tensor 0 differs by .*e-0", disagree[1])
+    assert fails[0] == "FailsOnOneRank(lr=0.01)"
+    assert after[0] == "SGD(lr=0.01)"
+    assert "not run, since one before it failed" in after[1]
 
 
 def test_missing_settings_are_noticed(tmp_path):

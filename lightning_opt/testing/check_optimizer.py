@@ -37,6 +37,7 @@ def check_optimizer(cls: type[Optimizer], /, **kwargs: Any) -> Report:
         About two seconds; no files outside the folder for temporary ones.
 
     Example:
+        >>> import torch
         >>> from lightning_opt.testing import ContractError, check_optimizer
         >>> try:
         ...     check_optimizer(torch.optim.SGD, lr=0.05)
@@ -61,6 +62,7 @@ def optimizer_checks(cls: type[Optimizer], /, **kwargs: Any) -> Iterator[tuple[s
     Example:
         In a test file: ``checks = [pytest.param(check, id=name) for name, check in optimizer_checks(Mine, lr=1e-2)]``.
 
+        >>> import torch
         >>> checks = dict(optimizer_checks(torch.optim.SGD, lr=0.05))
         >>> checks["one_step_is_one_global_step"].__doc__
         'Each step counts once in ``trainer.global_step``, with accumulation too.'

@@ -550,6 +550,14 @@ class SkipsWithoutLoss(AdaBelief):
         return loss
 
 
+class FailsOnOneRank(Defective):
+    """Fails ``check_optimizers_ddp``, and leaves the other rank waiting."""
+
+    def after(self, params):
+        if torch.distributed.is_initialized() and torch.distributed.get_rank() == 1:
+            raise RuntimeError("out of memory")
+
+
 class RanksDisagree(Defective):
     """Fails ``check_optimizers_ddp``."""
 

@@ -17,7 +17,7 @@ from ..contract import ContractError, Report, evaluate, require, same_random_sta
 from .subject import Subject, require_equal, require_near, values
 from .training import Regression, data, fit
 
-_LOST = "the ranks lost each other in an earlier run"
+_NOT_RUN = "not run, since one before it failed and the ranks may have lost each other"
 
 
 def check_optimizers_ddp(subjects: Iterable[tuple[type[Optimizer], dict[str, Any]]]) -> Report:
@@ -62,7 +62,7 @@ def _train_all(subjects: list[Subject]) -> list[list[Tensor] | str]:
         module = Regression(subject.with_backend("foreach"), torch.float64)
         try:
             if results and isinstance(results[-1], str):
-                raise ContractError(_LOST)
+                raise ContractError(_NOT_RUN)
             strategy = DDPStrategy(process_group_backend="gloo", timeout=datetime.timedelta(seconds=60))
             # a loader that hands every second sample to each rank; Lightning's own sampler would shuffle them first
             fit(module, train_dataloaders=ResumableLoader(data(torch.float64), 4), devices=2, strategy=strategy)

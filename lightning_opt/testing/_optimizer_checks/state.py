@@ -49,7 +49,7 @@ def saved_state_continues_exactly(subject: Subject) -> None:
         fresh.load_state_dict(saved)
         run(fresh, resumed, range(5, 10))
         require_equal(resumed, straight, f"resumed against uninterrupted, backend {name}")
-        _require_equal_state(fresh, original, f"state after resuming, backend {name}")
+        require_equal_state(fresh, original, f"state after resuming, backend {name}")
 
 
 @check
@@ -128,7 +128,7 @@ def state_of_bfloat16_parameters_survives(subject: Subject) -> None:
     for first, one in ways.items():
         for second, other in ways.items():
             _, again = other(one((params, optimizer)))
-            _require_equal_state(again, optimizer, f"state after {first} and {second}")
+            require_equal_state(again, optimizer, f"state after {first} and {second}")
     run(optimizer, params, range(5, 8))
     resumed_params, resumed = load(_bfloat16(subject))
     run(resumed, resumed_params, range(5, 8))
@@ -151,10 +151,11 @@ def _continues(subject: Subject, duplicate: Any) -> None:
     straight = run(optimizer, params, range(5, 10))
     run(other, other_params, range(5, 10))
     require_equal(other_params, straight, "the copy against the original")
-    _require_equal_state(other, optimizer, "state of the copy")
+    require_equal_state(other, optimizer, "state of the copy")
 
 
-def _require_equal_state(actual: Optimizer, expected: Optimizer, what: str) -> None:
+def require_equal_state(actual: Optimizer, expected: Optimizer, what: str) -> None:
+    """Require the same state, bit for bit."""
     actual_state, expected_state = (list(_leaves(o.state_dict()["state"])) for o in (actual, expected))
     names = [name for name, _ in expected_state]
     require([name for name, _ in actual_state] == names, f"{what}: {[name for name, _ in actual_state]}, not {names}")

@@ -19,6 +19,7 @@ from lightning_opt.callbacks import ResumeState
 from lightning_opt.data import ResumableLoader
 
 from ..contract import require
+from .state import require_equal_state
 from .subject import Subject, check, gradients, require_equal, require_near, tensors, values
 
 SAMPLES = 24
@@ -108,6 +109,9 @@ def interrupted_training_resumes_exactly(subject: Subject) -> None:
         resumed, again = train(1, ckpt_path=f"{folder}/0/step=8.ckpt")
     require(trainer.global_step == 12 == again.global_step, f"{trainer.global_step} and {again.global_step} steps")
     require_equal(resumed.parameters(), straight.parameters(), "resumed against uninterrupted")
+    require_equal_state(again.optimizers[0], trainer.optimizers[0], "state of the optimizer")
+    logged, expected = again.callback_metrics["val/loss"], trainer.callback_metrics["val/loss"]
+    require(bool(logged == expected), f"val/loss is {logged}, not {expected}")
 
 
 def _validation() -> DataLoader:
