@@ -204,7 +204,8 @@ def summary(rows: dict[Key, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """For each method that is done: its rate, and mean and standard deviation over the seeds."""
     done = {}
     for method in METHODS:
-        if any((method, n, SEEDS[-1]) in rows for n in range(-20, 20)):
+        started = any(name == method and seed == 0 for name, _, seed in rows)
+        if started and all(key in rows for key in around_the_best(method, rows)):
             number = best_number(method, rows, SEEDS)
             runs = [rows[method, number, seed] for seed in SEEDS]
             done[method] = {

@@ -205,8 +205,8 @@ class AdaBelief(Optimizer):
         """A warning if clipping gradients by ``"norm"`` or ``"value"`` harms the method, else None."""
         if algorithm == "value":
             return (
-                "AdaBelief with gradients clipped by value: clamped gradients are constant, their surprise vanishes, and "
-                "the steps explode up to the floor; clip by norm"
+                "AdaBelief with gradients clipped by value: clamped gradients are constant, their surprise vanishes, "
+                "and the steps explode up to the floor; clip by norm"
             )
         return None
 
