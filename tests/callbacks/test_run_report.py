@@ -179,16 +179,28 @@ def test_the_page_and_the_picture(tmp_path, capsys):
     report, model = RunReport(), Net()
     model.save_hyperparameters({"width": "<b>wide</b>"})
     run = trainer(tmp_path, [report, Contributing(), Failing()], logger=CSVLogger(tmp_path, "a"))
+    model.report_panels = lambda: [("of the module", lambda axes: axes.plot([1.0]))]
+    optimizers, schedulers = model.configure_optimizers()
+    optimizers[0].report_panels = lambda: [("of the optimizer", lambda axes: axes.plot([1.0]))]
+    model.configure_optimizers = lambda: (optimizers, schedulers)
     settings, random = dict(matplotlib.rcParams), torch.get_rng_state()
     run.fit(model, loader(), loader())
     assert report.path == tmp_path / "a" / "version_0" / "report.html"
     assert f"Run report: {report.path}" in capsys.readouterr().out
     page = report.path.read_text()
-    for text in ("drawn &amp; good", "a tuple", "AttributeError", "ParseSyntaxException", "no &lt;panels&gt;"):
+    for text in (
+        "of the module",
+        "of the optimizer",
+        "drawn &amp; good",
+        "a tuple",
+        "AttributeError",
+        "ParseSyntaxException",
+        "no &lt;panels&gt;",
+    ):
         assert text in page
     assert "width: &lt;b&gt;wide&lt;/b&gt;" in page
     assert f"<dd>{run.global_step}</dd>" in page
-    assert page.count("<figure>") == page.count("<svg") == 4 + 1 + len(("loss", "both", "rate", "epoch_weight"))
+    assert page.count("<figure>") == page.count("<svg") == 4 + 1 + 2 + len(("loss", "both", "rate", "epoch_weight"))
     # nothing is fetched from elsewhere: the only addresses are names of XML namespaces
     outside = re.findall(r'(?:src|href|url)\s*[=(]\s*["\']?(?!data:|#)([^"\')\s>]+)', page)
     assert outside == []

@@ -58,11 +58,12 @@ def _compare(subject: Subject, first: dict[str, Any], second: dict[str, Any]) ->
 def _fit_all(subjects: Sequence[Subject]) -> list[dict[str, Any]]:
     """What one rank has after a fit with each callback, and without."""
     done: list[dict[str, Any]] = []
+    without = functools.cache(lambda: _values(run(**_options())))
     for subject in subjects:
         try:
             if done and "error" in done[-1]:
                 raise ContractError("the ranks lost each other in an earlier run")
-            done.append({"with": _values(run(subject.build(), **_options())), "without": _values(run(**_options()))})
+            done.append({"with": _values(run(subject.build(), **_options())), "without": without()})
         except MisconfigurationException as error:
             done.append({"refused": str(error)})
         except Exception as error:
