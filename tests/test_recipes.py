@@ -81,7 +81,7 @@ def test_one_batch_trains_and_tests(name: str, tmp_path: Path, monkeypatch: pyte
     data = import_class(config["data"]["class_path"])
     if issubclass(data, IdxImages):
         _write_images(data, tmp_path / "data")
-        words += [f"--data.root={tmp_path}/data", "--data.verify=false", "--data.train_size=40"]
+        words += [f"--data.root={tmp_path}/data", "--data.verify=false", "--data.train_size=40", "--data.val_size=20"]
     cli = LightningOptCLI(["fit", f"--config={name}", *words])
     assert cli.trainer.global_step == 1
     assert type(cli.trainer.optimizers[0]) is import_class(config["optimizer"]["class_path"])
