@@ -148,11 +148,11 @@ def _leave_batch(trainer: pl.Trainer) -> None:
         leave_epoch(trainer)
         fit_loop.on_advance_end()
         return
-    fit_loop.update_restart_stage()  # in the middle of an epoch no on_train_epoch_start
 
     def keep_progress() -> None:
         del epoch_loop.reset
 
+    # its reset would take the epoch for a new one, or guess what is left to do in it; just once it does nothing
     epoch_loop.reset = keep_progress  # type: ignore[method-assign]
 
 

@@ -203,7 +203,7 @@ def fit(
         **{**settings, **kwargs}, callbacks=[*[ResumeState()] * resume_state, saver, *copy.deepcopy(callbacks)]
     )
     model = module()
-    trainer.fit(model, train(), val() if val else None, ckpt_path=ckpt_path)
+    trainer.fit(model, train() if train else None, val() if val else None, ckpt_path=ckpt_path)
     return {
         "events": saver.events,
         "saved": saver.saved,
@@ -281,15 +281,43 @@ def test_validation_over_epochs_and_reloads(tmp_path):
     )
 
 
+def test_validation_in_some_epochs(tmp_path):
+    check_all(tmp_path, moments=("epoch",), max_epochs=4, check_val_every_n_epoch=2)
+
+
+def test_loaders_are_reloaded_in_the_same_epochs(tmp_path):
+    class Reloads(Net):
+        calls: list[int]
+
+        def train_dataloader(self):
+            self.calls.append(self.trainer.current_epoch)
+            return loader()
+
+    settings = {"module": Reloads, "train": None, "val": None, "reload_dataloaders_every_n_epochs": 2, "max_epochs": 5}
+    Reloads.calls = []
+    whole = fit(tmp_path / "whole", moments=("batch",), **settings)
+    assert Reloads.calls == [0, 2, 4]
+    for epoch, expected in ((1, [1, 2, 4]), (2, [2, 4]), (3, [3, 4])):
+        Reloads.calls = []
+        resumed = fit(tmp_path / "resumed", whole["saved"][epoch * 9 + 4]["path"], **settings)
+        assert Reloads.calls == expected
+        assert_same(resumed["final"], whole["final"])
+
+
 def test_early_stopping(tmp_path):
-    whole = check_all(
-        tmp_path,
-        every=3,
-        val_check_interval=3,
-        max_epochs=5,
-        callbacks=[EarlyStopping("val/loss", patience=1, min_delta=10.0)],
-    )
-    assert whole["final"]["counts"][1] < 5
+    """A run that is about to stop is still about to when resumed; one that has stopped may be trained further."""
+    settings = {"val_check_interval": 3, "max_epochs": 3}
+    stopper = EarlyStopping("val/loss", patience=1, min_delta=10.0)
+    moments = ("validation", "epoch", "end")
+    whole = fit(tmp_path / "whole", moments=moments, callbacks=[stopper], **settings)
+    assert [saved["moment"] for saved in whole["saved"]] == ["validation", "validation", "epoch", "end"]
+    for saved in whole["saved"][:3]:
+        resumed = fit(tmp_path / "resumed", saved["path"], callbacks=[stopper], **settings)
+        assert_same(resumed["rows"], whole["rows"][saved["rows"] :])
+        assert_same(resumed["final"], whole["final"])
+    with pytest.warns(UserWarning, match="Please add the following callbacks.*EarlyStopping"):
+        further = fit(tmp_path / "further", whole["saved"][3]["path"], **settings)
+    assert further["final"]["counts"][1] == 3
 
 
 def test_without_validation_or_logger(tmp_path):
@@ -334,8 +362,7 @@ def test_train_further(tmp_path):
 
 def test_resuming_a_finished_run_does_nothing(tmp_path):
     whole = fit(tmp_path / "whole", moments=("end",))
-    resumed = fit(tmp_path / "resumed", whole["saved"][0]["path"], seed=99)
-    assert resumed["events"] == []
+    resumed = fit(tmp_path / "resumed", whole["saved"][0]["path"], seed=99, callbacks=[Kill("on_train_start", 1)])
     assert resumed["rows"] == []
     assert_same(resumed["final"]["weights"], whole["final"]["weights"])
 
@@ -407,6 +434,8 @@ def test_checkpoint_inside_a_batch_repeats_the_batch(tmp_path):
     whole = fit(tmp_path / "whole", **settings)
     with pytest.raises(Killed):
         fit(tmp_path / "killed", callbacks=[checkpoint, Kill("on_before_backward", 5)], **settings)
+    # a rank that crashes alone must not wait for the others to send theirs
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt")["callbacks"]["ResumeState"]["ranks"] is None
     with pytest.warns(UserWarning, match="written inside a batch"):
         resumed = fit(tmp_path / "resumed", "last", callbacks=[checkpoint], **settings)
     labels = [event[3] for event in whole["events"] if event[0] == "batch"]
