@@ -282,7 +282,7 @@ def test_validation_over_epochs_and_reloads(tmp_path):
 
 
 def test_validation_in_some_epochs(tmp_path):
-    check_all(tmp_path, moments=("epoch",), max_epochs=4, check_val_every_n_epoch=2)
+    check_all(tmp_path, every=8, max_epochs=4, check_val_every_n_epoch=2)
 
 
 def test_loaders_are_reloaded_in_the_same_epochs(tmp_path):
