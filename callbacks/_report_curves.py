@@ -136,7 +136,7 @@ def _draw(axes: "Axes", curves: Mapping[str, tuple[np.ndarray, ...]], last_step:
         max(values.max() for values in finite if values.size),
     )
     if low == high:
-        axes.set_ylim(*(sorted((0.0, 2 * low)) if low else (-1.0, 1.0)))
+        axes.set_ylim(*(sorted((0.0, 2 * low)) if low else (-0.05, 1.0)))
     axes.set_xlim(0.0, 1.01 * last_step)
     _label_ends(axes, ends[:MOST_LABELS])
 
