@@ -68,6 +68,8 @@ def _dispatch(words: list[str]) -> int:
 
         LightningOptCLI(words)
         return 0
+    if name.startswith("-"):
+        raise UserError(f"{name}: the command comes first, `lightning-opt COMMAND [options]`.")
     importlib.import_module(".recipes", __package__)  # the one command that need not wait for torch
 
     commands = {command.name: command for command in registry.commands()}

@@ -116,8 +116,11 @@ def _class_argument(report: str, key: str) -> str:
         accepted = _parameters(class_path)
         hint = did_you_mean(_nearest(option, accepted)) or f" It takes {', '.join(accepted)}."
         return f"{key}: {class_path.rpartition('.')[2]} has no argument {option!r}.{hint}"
-    match = re.search(r"given class_path '([^']+)':\s+the following arguments are required: ([^\n]+)", report)
-    return f"{key}: {match[1].rpartition('.')[2]} needs a value for {match[2]}." if match else ""
+    match = re.search(r"(given class_path '([^']+)':\s+)?the following arguments are required: ([^\n]+)", report)
+    if match and match[2]:
+        return f"{key}: {match[2].rpartition('.')[2]} needs a value for {match[3]}."
+    missing = match[3].partition(".")[2] if match else ""  # behind the subcommand
+    return f"{missing} is missing: give --{missing}, or an entry {missing!r} in a config." if missing else ""
 
 
 def _option(report: str, known_keys: list[str]) -> str:

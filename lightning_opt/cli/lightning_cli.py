@@ -142,7 +142,7 @@ class LightningOptCLI(LightningCLI):
         config = self.config_init[self.subcommand]
         if config.optimizer is None:
             return
-        if is_overridden("configure_optimizers", self.model):
+        if self.subcommand == "fit" and is_overridden("configure_optimizers", self.model):
             _say(
                 f"{type(self.model).__name__}.configure_optimizers gives way to"
                 f" {config.optimizer.class_path.rpartition('.')[2]}; --optimizer=null keeps it."

@@ -7,7 +7,6 @@ import yaml
 
 from lightning_opt.cli import main
 from lightning_opt.cli.errors import explain
-from lightning_opt.cli.recipes import FOLDER
 
 WORDS = {
     "--optimizer=AdaBelif": "optimizer: there is no Optimizer named 'AdaBelif'. Did you mean AdaBelief",
@@ -47,14 +46,14 @@ WORDS = {
 
 @pytest.mark.parametrize(("word", "message"), WORDS.items(), ids=WORDS)
 def test_wrong_words(word: str, message: str, capsys) -> None:
-    assert main(["fit", word]) == 2
+    assert main(["fit", *([] if word.startswith("--config") else ["--config=../quick.yaml"]), word]) == 2
     _assert_one_clear_message(capsys.readouterr().err, message)
     assert not list(Path().rglob("version_*"))  # refused before anything was written
 
 
 def _at(path: str, value: object) -> dict:
-    """The quickstart's config with one entry set, or renamed where the path ends in ``old>new``."""
-    config = yaml.safe_load((FOLDER / "digits/quickstart.yaml").read_text())
+    """The quick config with one entry set, or renamed where the path ends in ``old>new``."""
+    config = yaml.safe_load(Path("../quick.yaml").read_text())
     *parents, key = path.split("/")
     node = config
     for parent in parents:
@@ -99,33 +98,48 @@ def test_a_wrong_config(change: str, message: str, capsys) -> None:
     _assert_one_clear_message(capsys.readouterr().err, message)
 
 
-def test_a_folder_that_cannot_be_written(fit, capsys) -> None:
+def test_a_config_without_a_model(capsys) -> None:
+    Path("own.yaml").write_text("optimizer: SGD")
+    assert main(["fit", "--config=own.yaml"]) == 2
+    _assert_one_clear_message(
+        capsys.readouterr().err, "model is missing: give --model, or an entry 'model' in a config."
+    )
+    assert main(["fit", "--config=own.yaml", "--model=Classifier"]) == 2
+    _assert_one_clear_message(capsys.readouterr().err, "model: Classifier needs a value for net.")
+
+
+def test_options_before_the_command(capsys) -> None:
+    assert main(["--optimizer=SGD", "fit"]) == 2
+    _assert_one_clear_message(capsys.readouterr().err, "--optimizer=SGD: the command comes first")
+
+
+def test_a_folder_that_cannot_be_written(run, capsys) -> None:
     Path("file").touch()
-    assert fit("--trainer.default_root_dir=file/runs") == 2
+    assert run("fit", "--trainer.default_root_dir=file/runs") == 2
     error = capsys.readouterr().err
-    _assert_one_clear_message(error, "cannot write to file/runs/digits/quickstart (Not a directory)")
+    _assert_one_clear_message(error, "cannot write to file/runs/quick (Not a directory)")
     assert "--trainer.default_root_dir" in error
 
 
-def test_a_folder_on_another_machine(fit, capsys) -> None:
-    assert fit("--trainer.default_root_dir=s3://bucket/runs") == 2
+def test_a_folder_on_another_machine(run, capsys) -> None:
+    assert run("fit", "--trainer.default_root_dir=s3://bucket/runs") == 2
     _assert_one_clear_message(capsys.readouterr().err, "must be a local folder, got 's3://bucket/runs'")
 
 
-def test_data_that_are_not_at_hand_without_a_network(fit, monkeypatch, capsys) -> None:
+def test_data_that_are_not_at_hand_without_a_network(run, monkeypatch, capsys) -> None:
     from lightning_opt.data import FashionMNIST
 
     monkeypatch.setattr(FashionMNIST, "mirrors", ("http://127.0.0.1:9/",))  # nobody listens: refused at once
     monkeypatch.setattr(FashionMNIST, "system_folder", None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(Path("cache").absolute()))
-    status = fit("--data=FashionMNIST", "--data.root=nowhere", "--model.net.in_features=784")
+    status = run("fit", "--data=FashionMNIST", "--data.root=nowhere", "--model.net.in_features=784")
     error = capsys.readouterr().err
     assert status == 1, error
     _assert_one_clear_message(error, "FashionMNIST: the file train-images-idx3-ubyte is not at hand", one_line=False)
     assert "LIGHTNING_OPT_DATA" in error
 
 
-def test_damaged_data(fit, capsys) -> None:
+def test_damaged_data(run, capsys) -> None:
     folder = Path("data/mnist")
     folder.mkdir(parents=True)
     for name in (
@@ -135,21 +149,21 @@ def test_damaged_data(fit, capsys) -> None:
         "t10k-labels-idx1-ubyte",
     ):
         (folder / name).write_bytes(b"\0\0\x08\x03\0\0")
-    assert fit("--data=MNIST", "--data.root=data", "--model.net.in_features=784") == 1
+    assert run("fit", "--data=MNIST", "--data.root=data", "--model.net.in_features=784") == 1
     _assert_one_clear_message(capsys.readouterr().err, "data/mnist/train-images-idx3-ubyte is truncated")
 
 
-def test_a_combination_that_lightning_refuses(fit, capsys) -> None:
-    assert fit("--trainer.max_epochs=1", "--trainer.overfit_batches=1.5") == 2
+def test_a_combination_that_lightning_refuses(run, capsys) -> None:
+    assert run("fit", "--trainer.max_epochs=1", "--trainer.overfit_batches=1.5") == 2
     _assert_one_clear_message(capsys.readouterr().err, "overfit_batches")
 
 
-def test_a_module_without_an_optimizer(fit, capsys) -> None:
-    assert fit("--optimizer=null") == 2
+def test_a_module_without_an_optimizer(run, capsys) -> None:
+    assert run("fit", "--optimizer=null") == 2
     _assert_one_clear_message(capsys.readouterr().err, "configure_optimizers")
 
 
-def test_a_defect_keeps_its_traceback(fit, monkeypatch) -> None:
+def test_a_defect_keeps_its_traceback(run, monkeypatch) -> None:
     from lightning_opt.models import Classifier
 
     def training_step(self, batch):
@@ -157,16 +171,16 @@ def test_a_defect_keeps_its_traceback(fit, monkeypatch) -> None:
 
     monkeypatch.setattr(Classifier, "training_step", training_step)
     with pytest.raises(ValueError, match="a defect of the module"):
-        fit()
+        run("fit")
 
 
-def test_a_defect_in_a_constructor_keeps_its_traceback(fit, monkeypatch) -> None:
+def test_a_defect_in_a_constructor_keeps_its_traceback(run, monkeypatch) -> None:
     def check_interval(*arguments: object, **options: object) -> None:
         raise AttributeError("a defect of the constructor")
 
     monkeypatch.setattr("lightning_opt.models.mlp.check_interval", check_interval)
     with pytest.raises(AttributeError, match="^a defect of the constructor$"):
-        fit()
+        run("fit")
 
 
 def test_a_report_of_unknown_kind_is_shown_as_it_is() -> None:
