@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -26,7 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassRecall
 
-from lightning_opt.callbacks import ResumeState
+from lightning_opt.callbacks import ResumeState, resume_state
 from lightning_opt.data import ResumableLoader
 
 # None of these says that something is wrong: small data, few workers, no deterministic CUDA.
@@ -456,6 +457,20 @@ def test_state_is_tensors_and_builtins(mid_epoch):
     assert state["moment"] == "batch end"
     assert set(state["ranks"][0]["gradients"]) == {name for name, _ in Net().named_parameters()}
     assert torch.load(mid_epoch[1], weights_only=True)["callbacks"]["ResumeState"]["ranks"][0]["gradients"] == {}
+
+
+def test_random_state_of_an_accelerator(monkeypatch):
+    """Where there is none to try, with a stand-in for its module in torch."""
+    generator = torch.Generator()
+    device = SimpleNamespace(get_rng_state=generator.get_state, set_rng_state=generator.set_state)
+    monkeypatch.setattr(torch, "get_device_module", {"cuda": device}.__getitem__)
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda", 0)))
+    state = resume_state._random_state(trainer)
+    drawn = torch.rand(3, generator=generator)
+    resume_state._set_random_state(trainer, state)
+    assert drawn.equal(torch.rand(3, generator=generator))
+    trainer.strategy.root_device = torch.device("cpu")
+    resume_state._set_random_state(trainer, state)  # resumed elsewhere: what does not fit is left out
 
 
 @pytest.mark.parametrize("which", [0, 1])
