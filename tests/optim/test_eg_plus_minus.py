@@ -110,7 +110,7 @@ def test_momentum_accumulates_the_gradient():
 
 
 def test_few_relevant_inputs_are_found_among_many():
-    """5 relevant of 1000 inputs, 200 samples: at most 1/20 of the excess risk of gradient descent."""
+    """5 relevant of 1000 inputs, 200 samples: at most 1/20 of the excess risk of gradient descent, whose rate is tuned."""
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
 
@@ -135,7 +135,7 @@ def test_few_relevant_inputs_are_found_among_many():
             return [nn.Parameter(torch.zeros(1000))]
 
         gd = min(excess_risk(torch.optim.SGD(parameter(), lr=lr)) for lr in (0.01, 0.03, 0.1))
-        ours = min(excess_risk(EGPlusMinus(parameter(), lr=lr)) for lr in (0.03, 0.1, 0.3))
+        ours = excess_risk(EGPlusMinus(parameter(), lr=0.1))
         assert ours < gd / 20
 
 

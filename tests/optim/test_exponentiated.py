@@ -147,11 +147,11 @@ VARIANTS = {"eg": eg, "gd_sign": gd_sign, "hyper": partial(hypentropy, beta=0.1)
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("options", SGD_OPTIONS, ids=str)
-def test_sgd_follows_the_naive_reference(options, variant, backend):
+def test_sgd_follows_the_naive_reference(options, variant, plain_backend):
     start, gradient = noisy_quadratic(50)
     exact = {**EXACT, "min_abs": 1e-18 if variant == "gd_sign" else 0.0}
     ours = trajectory(
-        lambda p: ExponentiatedSGD(p, lr=0.02, variant=variant, beta=0.1, **options, **exact, **backend),
+        lambda p: ExponentiatedSGD(p, lr=0.02, variant=variant, beta=0.1, **options, **exact, **plain_backend),
         start,
         gradient,
         50,
@@ -183,10 +183,10 @@ def test_float32_agrees_as_well():
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_additive_groups_take_sgd_steps(nesterov, backend):
+def test_additive_groups_take_sgd_steps(nesterov, plain_backend):
     start, gradient = noisy_quadratic(50)
     options = {"lr": 0.02, "momentum": 0.9, "nesterov": nesterov, "weight_decay": 0.1}
-    ours = trajectory(lambda p: ExponentiatedSGD(p, additive=True, **options, **backend), start, gradient, 50)
+    ours = trajectory(lambda p: ExponentiatedSGD(p, additive=True, **options, **plain_backend), start, gradient, 50)
     sgd = trajectory(lambda p: torch.optim.SGD(p, **options), start, gradient, 50)
     torch.testing.assert_close(ours, sgd, rtol=0, atol=1e-14)
 

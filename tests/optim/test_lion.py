@@ -171,9 +171,9 @@ CLOSED_FORMS = {  # with decay 1
 @pytest.mark.parametrize("kernel", CLOSED_FORMS)
 def test_solves_the_constrained_problem_of_its_kernel(kernel):
     args, d, solution = CLOSED_FORMS[kernel]
+    # The sum of the rates is 10, so e^-10 = 5e-5 of the distance from the start is left, and the iterates jump by the
+    # last rate, 1e-4. The slow kernel, with no curvature to follow, takes fewer and larger steps.
     steps = 500 if kernel == "spectral" else 2000
-    # The sum of the rates is 10 (4 for spectral's 500 steps at four times the rate), so e^-10 of the start is left, and
-    # the iterates jump by the last rate, 1e-4.
     x = minimiser(kernel, args, d, 1.0, steps, first=3e-2 * 2000 / steps)
     torch.testing.assert_close(x, solution(), rtol=0, atol=1e-3)
 
@@ -252,7 +252,7 @@ def test_lyapunov_function_decreases_along_the_continuous_dynamics():
 
 def test_weights_of_a_network_stay_in_the_box():
     images, labels = (torch.from_numpy(x) for x in load_digits(return_X_y=True))
-    images, lr, steps = images.float() / 16, 1e-3, 690
+    images, lr, steps = images.float() / 16, 2e-3, 345
     losses = []
     for decay in (2.0, 10.0, 20.0):
         torch.manual_seed(0)
@@ -280,9 +280,9 @@ def test_weights_of_a_network_stay_in_the_box():
 
 
 @pytest.mark.parametrize("kernel", ["sign", "l2", "soft", "huber", "quadratic", "relativistic"])
-def test_follows_the_naive_reference(kernel, backend):
+def test_follows_the_naive_reference(kernel, plain_backend):
     if kernel == "l2":
-        backend = {**backend, "fused": False}
+        plain_backend = {**plain_backend, "fused": False}
     naive_kernels = {
         "sign": np.sign,
         "l2": lambda z: z / np.linalg.norm(z),
@@ -294,7 +294,7 @@ def test_follows_the_naive_reference(kernel, backend):
     start, gradient = noisy_quadratic(100)
     options = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.1}
     ours = trajectory(
-        lambda p: LionK(p, **options, kernel=kernel, kernel_args=ARGS[kernel], **backend), start, gradient, 100
+        lambda p: LionK(p, **options, kernel=kernel, kernel_args=ARGS[kernel], **plain_backend), start, gradient, 100
     )
     naive = naive_trajectory(partial(lion_k, **options, subgradient=naive_kernels[kernel]), start, gradient, 100)
     torch.testing.assert_close(ours, naive, rtol=0, atol=2e-14)
