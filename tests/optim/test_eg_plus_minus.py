@@ -110,7 +110,7 @@ def test_momentum_accumulates_the_gradient():
 
 
 def test_few_relevant_inputs_are_found_among_many():
-    """5 relevant of 1000 inputs, 200 samples: at most 1/20 of the excess risk of gradient descent, whose rate is tuned."""
+    """5 relevant of 1000 inputs, 200 samples: at most 1/20 of the excess risk of gradient descent at its best rate."""
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
 
