@@ -13,17 +13,20 @@ if not torch.cuda.is_available():
 import numpy as np
 import pytest
 
-# Lightning sets these while it runs; they are put back after each test.
-_LIGHTNING = {
+# Lightning and scikit-learn set these while they run; they are put back after each test.
+_SET_BY_LIBRARIES = {
     "CUBLAS_WORKSPACE_CONFIG",
     "CUDA_MODULE_LOADING",
     "GLOO_SOCKET_IFNAME",
+    "KMP_DUPLICATE_LIB_OK",
+    "KMP_INIT_AT_FORK",
     "LOCAL_RANK",
     "MASTER_ADDR",
     "MASTER_PORT",
     "NODE_RANK",
     "PL_GLOBAL_SEED",
     "PL_SEED_WORKERS",
+    "PYTORCH_NVML_BASED_CUDA_CHECK",
     "RANK",
     "TORCHELASTIC_USE_AGENT_STORE",
     "TORCHINDUCTOR_CACHE_DIR",
@@ -49,7 +52,9 @@ def _leaves_nothing_behind() -> Iterator[None]:
     leaked = {
         name
         for name in environment.keys() | os.environ.keys()
-        if environment.get(name) != os.environ.get(name) and name not in _LIGHTNING and not name.startswith("PYTEST_")
+        if environment.get(name) != os.environ.get(name)
+        and name not in _SET_BY_LIBRARIES
+        and not name.startswith("PYTEST_")
     }
     os.environ.clear()
     os.environ.update(environment)
