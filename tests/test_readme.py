@@ -43,6 +43,7 @@ def test_python_snippets_run(snippet: str, tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.usefixtures("fashion_mnist")
+@pytest.mark.filterwarnings("ignore")  # of very short runs
 def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert any("--ckpt_path=last" in command for command in re.findall(r"`(lightning-opt [^`]*)`", README))

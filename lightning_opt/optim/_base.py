@@ -310,7 +310,7 @@ class Optimizer(TorchOptimizer):
             torch._foreach_add_(batch.steps, torch.ones((), device=batch.steps[0].device), alpha=1.0)
         if torch.is_complex(batch.params[0]):
             batch = batch.as_real()
-        kernels = self._kernels(group, device, batch.params[0].dtype)
+        kernels = self._kernels(group, batch.params[0])
         if kernels is not None:
             self._step_fused(kernels, group, batch)
         elif group["differentiable"]:
@@ -319,18 +319,20 @@ class Optimizer(TorchOptimizer):
             foreach = group["foreach"]
             self._step_reference(group, batch, foreach=device.type == "cuda" if foreach is None else foreach)
 
-    def _kernels(self, group: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
-        """The package of fused kernels to use for these tensors, or None."""
+    def _kernels(self, group: dict[str, Any], p: Tensor) -> Any:
+        """The package of fused kernels to use for tensors like this one, or None."""
         fused = group["fused"]
         if fused is False or group["differentiable"] or (fused is None and group["foreach"] is not None):
             return None
-        package = {"cpu": cpu_kernels, "cuda": triton_kernels}.get(device.type)
+        package = {"cpu": cpu_kernels, "cuda": triton_kernels}.get(p.device.type)
         if self.fused_kernel(group) is None:
             reason = "these options have no fused kernel"
+        elif type(p) not in (Tensor, nn.Parameter):  # such as DTensor, whose memory is not its own
+            reason = f"there is no fused kernel for {type(p).__name__}"
         elif package is None:
-            reason = f"there is no fused kernel for device {device}"
+            reason = f"there is no fused kernel for device {p.device}"
         else:
-            reason = package.unsupported(dtype)
+            reason = package.unsupported(p.real.dtype if p.is_complex() else p.dtype)
             if reason is None:
                 return package
         if fused:
@@ -437,7 +439,7 @@ class Optimizer(TorchOptimizer):
                     f"{type(self).__name__} needs floating-point parameters, got {p.dtype}{_naming(group, p)}"
                 )
             if group["fused"]:
-                self._kernels(group, p.device, p.real.dtype if p.is_complex() else p.dtype)
+                self._kernels(group, p)
 
     def _group_of(self, parameter: Tensor) -> dict[str, Any]:
         return next(group for group in self.param_groups if any(p is parameter for p in group["params"]))
@@ -456,7 +458,9 @@ class _Batch:
     def by_kind(self) -> "list[_Batch]":
         """One batch for each combination of device and dtypes."""
         columns = [self.params, self.grads, *self.states.values()]
-        kinds = zip(map(_DEVICE, self.params), *(map(_DTYPE, column) for column in columns), strict=True)
+        kinds = zip(
+            map(type, self.params), map(_DEVICE, self.params), *(map(_DTYPE, column) for column in columns), strict=True
+        )
         chosen: dict[Any, list[int]] = {}
         for i, kind in enumerate(kinds):
             chosen.setdefault(kind, []).append(i)

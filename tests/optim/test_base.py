@@ -475,3 +475,18 @@ def test_repr_shows_the_options():
     assert text.startswith("LionK (")
     for line in ("lr: 0.25", "kernel: huber", "kernel_args: {'e': 0.5}", "fused: None"):
         assert line in text
+
+
+class Wrapped(torch.Tensor):
+    """A tensor subclass, as sharding libraries have."""
+
+
+def test_tensor_subclasses_are_left_to_torch() -> None:
+    parameter = torch.ones(3).as_subclass(Wrapped).requires_grad_()
+    parameter.grad = torch.ones(3)
+    plain = torch.nn.Parameter(torch.ones(3))
+    plain.grad = torch.ones(3)
+    AdaBelief([parameter, plain], lr=0.1).step()
+    torch.testing.assert_close(parameter.detach().as_subclass(torch.Tensor), plain.detach(), rtol=1e-6, atol=0)
+    with pytest.raises(RuntimeError, match="no fused kernel for Wrapped"):
+        AdaBelief([parameter], fused=True)
