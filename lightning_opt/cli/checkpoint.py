@@ -19,7 +19,6 @@ class PeriodicCheckpoint(ModelCheckpoint):
     Args:
         every_n_train_steps: Optimizer steps between two checkpoints.
         save_top_k: 1 keeps only the newest, -1 keeps all.
-        dirpath: Folder; by default the run folder's ``checkpoints``.
 
     Raises:
         ValueError: If an argument is outside its range.
@@ -29,12 +28,10 @@ class PeriodicCheckpoint(ModelCheckpoint):
         'link'
     """
 
-    def __init__(self, every_n_train_steps: int = 100, save_top_k: int = 1, dirpath: str | None = None) -> None:
+    def __init__(self, every_n_train_steps: int = 100, save_top_k: int = 1) -> None:
         check_interval("every_n_train_steps", every_n_train_steps, 1)
         check_choice("save_top_k", save_top_k, (1, -1))
-        super().__init__(
-            dirpath=dirpath, every_n_train_steps=every_n_train_steps, save_top_k=save_top_k, save_last="link"
-        )
+        super().__init__(every_n_train_steps=every_n_train_steps, save_top_k=save_top_k, save_last="link")
 
     @property
     def state_key(self) -> str:

@@ -7,7 +7,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from types import MethodType
@@ -134,8 +134,12 @@ class LightningOptCLI(LightningCLI):
             super().instantiate_classes()
         except Exception as error:
             if self.run_folder is not None:
-                self.run_folder.rmdir()  # still empty
-            raise culprit(error) from None
+                with suppress(OSError):
+                    self.run_folder.rmdir()  # if it is empty, as it should be
+            if isinstance(error, UserError):
+                raise
+            mistake = culprit(error)
+            raise mistake from (error if isinstance(mistake, UserError) else None)
 
     def after_instantiate_classes(self) -> None:
         """Give the model the optimizer and the scheduler of the config."""
@@ -180,7 +184,7 @@ class LightningOptCLI(LightningCLI):
             if not self.trainer.interrupted:
                 raise
             if self.run_folder is not None:
-                _say(self._how_to_resume())
+                _say(self._how_to_resume(self.run_folder))
             number = signal.SIGTERM if isinstance(error, SIGTERMException) else signal.SIGINT
             raise SystemExit(128 + number) from error
 
@@ -221,7 +225,7 @@ class LightningOptCLI(LightningCLI):
         if config.report and not any(isinstance(callback, RunReport) for callback in given):
             own.append(RunReport())
         if config.trainer.enable_checkpointing is not False:
-            if config.checkpoint.dirpath is None and self.run_folder is not None:
+            if self.run_folder is not None:
                 config.checkpoint.dirpath = str(self.run_folder.absolute() / "checkpoints")
             own.append(config.checkpoint)
         return own
@@ -248,15 +252,11 @@ class LightningOptCLI(LightningCLI):
             return is_overridden("test_dataloader", self.model)
         return is_overridden("test_dataloader", self.datamodule, LightningDataModule)
 
-    def _how_to_resume(self) -> str:
+    def _how_to_resume(self, run_folder: Path) -> str:
         config = self.config[self.subcommand]
-        try:
-            runs.newest_checkpoint(str(config.trainer.default_root_dir), config.name)
-        except UserError:
-            return (
-                "Interrupted before the first checkpoint, which is written after"
-                f" {config.checkpoint.every_n_train_steps} steps (checkpoint.every_n_train_steps)."
-            )
+        if config.ckpt_path is None and not any(run_folder.glob("checkpoints/*.ckpt")):
+            steps = config.checkpoint.every_n_train_steps
+            return f"Interrupted before the first checkpoint; checkpoint.every_n_train_steps is {steps}."
         words = arguments.without(self._words, "--ckpt_path")
         return f"Interrupted. Resume with: lightning-opt {shlex.join([*words, '--ckpt_path=last'])}"
 

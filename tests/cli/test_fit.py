@@ -398,11 +398,14 @@ def test_an_interrupted_run_says_how_to_resume_and_that_is_exact(signal_number: 
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_ctrl_c_before_the_first_checkpoint(run, capsys) -> None:
+def test_ctrl_c_before_the_first_checkpoint_does_not_offer_that_of_an_older_run(run, capsys) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert run("fit") == 0
     with interrupted_at(1, signal.SIGINT):
         assert run("fit") == 130
-    assert "Interrupted before the first checkpoint, which is written after 100 steps" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "Interrupted before the first checkpoint; checkpoint.every_n_train_steps is 100." in error
+    assert "--ckpt_path=last" not in error
 
 
 # --- run folders ---
