@@ -42,8 +42,8 @@ def stage(
 ) -> tuple[list[Tensor], list[list[Tensor]], list[list[Tensor]], list[tuple[Tensor, Tensor]]]:
     """Tensors that a kernel may walk together from the first element in memory to the last.
 
-    A tensor that is not dense, or not laid out in memory as its parameter is, is replaced by a dense copy; all others
-    are passed through.
+    A tensor that is not dense, not laid out in memory as its parameter is, or only read and marked as negated lazily,
+    is replaced by a dense copy; all others are passed through.
 
     Args:
         params: Parameters, which are written.
@@ -58,7 +58,7 @@ def stage(
         ValueError: If the tensors that belong together differ in shape.
         RuntimeError: If a tensor to be written overlaps itself.
     """
-    columns = [list(params), *map(list, written), *map(list, read)]
+    columns = [list(params), *map(list, written), *(list(map(Tensor.resolve_neg, column)) for column in read)]
     n_written = 1 + len(written)
     back: list[tuple[Tensor, Tensor]] = []
     if not all(all(map(Tensor.is_contiguous, column)) for column in columns):

@@ -73,8 +73,8 @@ def launch(
     kernel = _kernel(
         name, tuple(flags.items()), tuple(states), tuple(coefficients), dtypes, maximize, stochastic_rounding
     )
-    starts = np.cumsum([0, *_sizes(columns)])
-    addresses = np.array([list(map(Tensor.data_ptr, column)) for column in columns]).T.copy()
+    starts = np.cumsum([0, *_sizes(columns)], dtype=np.int64)
+    addresses = np.array([list(map(Tensor.data_ptr, column)) for column in columns], np.int64).T.copy()
     rows, per_tensor = _rows(coefficients, len(params), np.float64 if dtypes[0] == "float64" else np.float32)
     keys = _keys(coefficients["step"], numbers, len(columns)) if stochastic_rounding else None
     tables = (

@@ -1,5 +1,7 @@
 """The base of our optimizers: torch.optim conventions, state that keeps its dtype, one update on several backends."""
 
+import difflib
+import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -206,36 +208,60 @@ class Optimizer(TorchOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict and keep the dtype of every state tensor as it was saved.
 
-        Options that the saved groups lack, as those of another library do, keep their present values.
+        Options that the saved groups lack keep their present values, and so do ``foreach`` and ``fused``, which say how
+        this machine computes.
 
         Args:
             state_dict: What ``state_dict()`` of an optimizer of the same class returned, on any device and backend.
 
         Raises:
-            ValueError: If the number of steps is not in the state as we keep it: another library made it.
+            ValueError: If the state is not one of this method, or not of these parameters; nothing is loaded then.
         """
         groups = [
-            {**{name: value for name, value in own.items() if name != "params"}, **saved}
+            {
+                **{name: value for name, value in own.items() if name != "params"},
+                **{name: value for name, value in saved.items() if name not in ("foreach", "fused")},
+            }
             for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=False)
         ]
         if len(groups) == len(state_dict["param_groups"]):  # else torch says what is wrong
             state_dict = {**state_dict, "param_groups": groups}
-        super().load_state_dict(state_dict)
         saved = itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        own = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
-        of_parameter = dict(zip(own, saved, strict=True))
-        for p, state in self.state.items():
-            entry = state_dict["state"].get(of_parameter.get(p), {})
-            for name, value in entry.items():
-                if isinstance(value, Tensor):
-                    device = torch.device("cpu") if name == "step" and not self._group_of(p)["capturable"] else p.device
-                    state[name] = value.detach().to(device, copy=True)
-            if self.counts_steps and not isinstance(state.get("step"), Tensor):
-                raise ValueError(
-                    "the loaded state has no tensor 'step': it was saved by another library; convert it first, with "
-                    f"from_peer_state_dict where {type(self).__name__} has it"
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        of_parameter = dict(zip(parameters, saved, strict=False))
+        for group, own_group in zip(groups, self.param_groups, strict=False):
+            for p in own_group["params"]:
+                self._check_loaded(
+                    state_dict["state"].get(of_parameter.get(p)), p, {**group, "params": own_group["params"]}
                 )
-            self._count_from_zero(p, state, self._group_of(p))
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            for p in group["params"]:
+                for name, value in state_dict["state"].get(of_parameter.get(p), {}).items():
+                    if isinstance(value, Tensor):
+                        device = torch.device("cpu") if name == "step" and not group["capturable"] else p.device
+                        self.state[p][name] = value.detach().to(device, copy=True)
+                if p in self.state:
+                    self._count_from_zero(p, self.state[p], group)
+
+    def _check_loaded(self, state: Any, p: Tensor, group: dict[str, Any]) -> None:
+        """Raise ValueError if what was loaded is not the state of this method for this parameter."""
+        if not state:
+            return
+        wanted = [*self.states_of(group), *(["step"] if self.counts_steps else [])]
+        missing = [name for name in wanted if not isinstance(state.get(name), Tensor)]
+        if missing:
+            raise ValueError(
+                f"the loaded state has no tensor {missing[0]!r}{_naming(group, p)}, but {', '.join(state)}: it was saved "
+                "by another library or method; convert it first, with from_peer_state_dict where "
+                f"{type(self).__name__} has it"
+            )
+        for name in self.states_of(group):
+            if state[name].shape != p.shape:
+                raise ValueError(
+                    f"the loaded {name!r} has shape {tuple(state[name].shape)}, but its parameter"
+                    f"{_naming(group, p)} has {tuple(p.shape)}: it was saved for another model"
+                )
 
     @override
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -256,12 +282,14 @@ class Optimizer(TorchOptimizer):
                 loss = closure()
         for hook in list(self._update_pre_hooks.values()):
             hook(self)
-        first = 0
-        for group in self.param_groups:
-            with _differentiable() if group["differentiable"] else torch.no_grad():
-                for batch in self._batches(group, first):
-                    self._step_batch(group, batch)
+        first, work = 0, []
+        for group in self.param_groups:  # all are looked at before any is changed
+            work.append((group, self._batches(group, first)))
             first += len(group["params"])
+        for group, batches in work:
+            with _differentiable() if group["differentiable"] else torch.no_grad():
+                for batch in batches:
+                    self._step_batch(group, batch)
         return loss
 
     # --- one step --------------------------------------------------------------------------------------------------
@@ -327,6 +355,8 @@ class Optimizer(TorchOptimizer):
         package = {"cpu": cpu_kernels, "cuda": triton_kernels}.get(p.device.type)
         if self.fused_kernel(group) is None:
             reason = "these options have no fused kernel"
+        elif torch.compiler.is_compiling():
+            reason = "torch.compile cannot look into the fused kernels"
         elif type(p) not in (Tensor, nn.Parameter):  # such as DTensor, whose memory is not its own
             reason = f"there is no fused kernel for {type(p).__name__}"
         elif package is None:
@@ -421,6 +451,16 @@ class Optimizer(TorchOptimizer):
 
     def _validate_options(self, group: dict[str, Any]) -> None:
         check_interval("lr", group["lr"], 0.0)
+        for name in ("foreach", "fused"):
+            check_choice(name, group[name], [None, True, False])
+        own = {name: parameter.default for name, parameter in inspect.signature(type(self)).parameters.items()}
+        for name, default in {**_OPTIONS, **own}.items():
+            if isinstance(default, bool):
+                check_choice(name, group[name], [True, False])
+        for name in group.keys() - self.defaults.keys() - {"params", "param_names"}:
+            near = difflib.get_close_matches(name, self.defaults, 1, cutoff=0.8)
+            if near:
+                raise ValueError(f"a group has an option {name!r}; did you mean {near[0]!r}?")
         if group["foreach"] and group["fused"]:
             raise ValueError("foreach=True and fused=True exclude each other: set one of them")
         if group["differentiable"] and (group["foreach"] or group["fused"]):
@@ -479,8 +519,9 @@ class _Batch:
         def real(column: list[Tensor]) -> list[Tensor]:
             return [torch.view_as_real(t) for t in column]
 
+        grads = [g.resolve_conj() for g in self.grads]  # autograd conjugates lazily
         states = {name: real(column) for name, column in self.states.items()}
-        return _Batch(self.numbers, real(self.params), real(self.grads), states, self.steps)
+        return _Batch(self.numbers, real(self.params), real(grads), states, self.steps)
 
 
 @contextmanager

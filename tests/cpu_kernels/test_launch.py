@@ -98,6 +98,13 @@ def test_gradients_and_states_may_be_laid_out_differently():
     assert torch.equal(p, expected - 0.5 * h)
 
 
+def test_gradients_that_are_negated_lazily():
+    p, g = torch.randn(40), torch.randn(40)
+    expected = p + 0.5 * g
+    descend([p], [torch._neg_view(g)], [torch.zeros(40)])
+    assert torch.equal(p, expected)
+
+
 def test_refuses_to_write_into_a_tensor_that_overlaps_itself():
     p, g = torch.randn(1, 33).expand(31, 33), torch.randn(31, 33)
     before = p.clone()
@@ -146,8 +153,10 @@ def test_a_tensor_as_learning_rate():
     assert torch.equal(p.detach(), 1 - 0.5 * p.grad.sign())
 
 
-def test_complex_parameters_are_updated_as_pairs():
+@pytest.mark.parametrize("lazily_conjugated", [False, True])
+def test_complex_parameters_are_updated_as_pairs(lazily_conjugated):
     start, g = (torch.randn(40, dtype=torch.complex64) for _ in range(2))
+    g = g.conj() if lazily_conjugated else g
     ends = []
     for fused in (True, False):
         p = nn.Parameter(start.clone())
