@@ -1,7 +1,7 @@
 """Time of one optimizer step: the fused kernels beside torch's fused Adam and beside other packages.
 
-Run with ``python benchmarks/optimizer_step.py``; writes ``benchmarks/results/optimizer_step.json``, and where there is a
-GPU also ``optimizer_step_cuda.json``. Every comparison alternates the two optimizers in one process and reports the
+Run with ``python benchmarks/optimizer_step.py``; writes ``benchmarks/results/optimizer_step.json``, and where there is
+a GPU also ``optimizer_step_cuda.json``. Every comparison alternates the two optimizers in one process and reports the
 median of the paired ratios. "Per byte" divides the times by the bytes that the update must read and write.
 """
 
@@ -122,8 +122,9 @@ def beside_adam(shapes: list[tuple[int, ...]], rounds: int) -> dict[str, Any]:
         }
         row = rows[name]
         print(
-            f"{name:28}{1e3 * median:8.2f}{1e3 * row['adam_median_s']:9.2f}{row['gb_per_s']:7.1f}{ratio['median']:12.3f}"
-            f"{per_byte['median']:10.3f}{per_byte['q10']:8.3f} -{per_byte['q90']:6.3f}{target:7.2f}"
+            f"{name:28}{1e3 * median:8.2f}{1e3 * row['adam_median_s']:9.2f}{row['gb_per_s']:7.1f}",
+            f"{ratio['median']:11.3f}{per_byte['median']:10.3f}{per_byte['q10']:8.3f} -{per_byte['q90']:6.3f}",
+            f"{target:6.2f}",
         )
     return {"tensors": len(shapes), "parameters": size, "rounds": rounds, "rows": rows}
 
