@@ -243,7 +243,7 @@ class LightningOptCLI(LightningCLI):
             _result(f"checkpoint: {_relative(newest.best_model_path)}")
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RunReport) and callback.path:
-                _result(f"report: {_relative(callback.path)}")
+                _result(f"picture: {_relative(Path(callback.path).with_suffix('.png'))}")
 
     def _has_test_data(self) -> bool:
         if not is_overridden("test_step", self.model):

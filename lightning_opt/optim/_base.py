@@ -252,8 +252,8 @@ class Optimizer(TorchOptimizer):
         missing = [name for name in wanted if not isinstance(state.get(name), Tensor)]
         if missing:
             raise ValueError(
-                f"the loaded state has no tensor {missing[0]!r}{_naming(group, p)}, but {', '.join(state)}: it was saved "
-                "by another library or method; convert it first, with from_peer_state_dict where "
+                f"the loaded state has no tensor {missing[0]!r}{_naming(group, p)}, but {', '.join(state)}: it was "
+                "saved by another library or method; convert it first, with from_peer_state_dict where "
                 f"{type(self).__name__} has it"
             )
         for name in self.states_of(group):
@@ -284,7 +284,8 @@ class Optimizer(TorchOptimizer):
             hook(self)
         first, work = 0, []
         for group in self.param_groups:  # all are looked at before any is changed
-            work.append((group, self._batches(group, first)))
+            with _differentiable() if group["differentiable"] else torch.no_grad():
+                work.append((group, self._batches(group, first)))
             first += len(group["params"])
         for group, batches in work:
             with _differentiable() if group["differentiable"] else torch.no_grad():

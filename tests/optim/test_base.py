@@ -490,3 +490,56 @@ def test_tensor_subclasses_are_left_to_torch() -> None:
     torch.testing.assert_close(parameter.detach().as_subclass(torch.Tensor), plain.detach(), rtol=1e-6, atol=0)
     with pytest.raises(RuntimeError, match="no fused kernel for Wrapped"):
         AdaBelief([parameter], fused=True)
+
+
+def test_state_of_another_method_or_model_is_refused_before_anything_is_loaded() -> None:
+    parameter = nn.Parameter(torch.ones(2, 3))
+    parameter.grad = torch.ones(2, 3)
+    adam, ours = torch.optim.Adam([parameter]), AdaBelief([parameter], lr=0.5)
+    adam.step()
+    with pytest.raises(ValueError, match="no tensor 'exp_avg_var'.*from_peer_state_dict"):
+        ours.load_state_dict(adam.state_dict())
+    assert ours.param_groups[0]["lr"] == 0.5
+    assert not ours.state
+    ours.step()
+    with pytest.raises(ValueError, match=r"'exp_avg' has shape \(2, 3\), but its parameter has \(3, 2\)"):
+        AdaBelief([nn.Parameter(torch.ones(3, 2))]).load_state_dict(ours.state_dict())
+
+
+def test_the_backend_is_not_part_of_the_state() -> None:
+    fused, plain = (
+        AdaBelief([nn.Parameter(torch.ones(2))], fused=True),
+        AdaBelief([nn.Parameter(torch.ones(2))], fused=False),
+    )
+    plain.load_state_dict(fused.state_dict())
+    assert plain.param_groups[0]["fused"] is False
+
+
+@pytest.mark.parametrize("option", ["maximize", "decoupled"])
+def test_truthy_words_are_no_flags(option: str) -> None:
+    with pytest.raises(ValueError, match=f"{option} must be one of True, False; got 'False'"):
+        AdaBelief([nn.Parameter(torch.ones(2))], **{option: "False"})
+
+
+def test_a_misspelt_option_of_a_group_is_refused() -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="'weigth_decay'; did you mean 'weight_decay'"):
+        AdaBelief([{"params": [parameter], "weigth_decay": 0.1}])
+    AdaBelief([{"params": [parameter], "name": "head", "lr_scale": 0.1}])  # what other tools keep in groups
+
+
+def test_a_refused_gradient_leaves_all_groups_as_they_were() -> None:
+    dense, table = nn.Parameter(torch.ones(2)), nn.Embedding(3, 2, sparse=True)
+    (dense.sum() + table(torch.tensor([1])).sum()).backward()
+    with pytest.raises(RuntimeError, match="sparse"):
+        AdaBelief([{"params": [dense]}, {"params": table.parameters()}], lr=0.1).step()
+    assert torch.equal(dense, torch.ones(2))
+
+
+def test_a_compiled_step_takes_the_reference() -> None:
+    compiled, plain = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    compiled.grad = plain.grad = torch.tensor([1.0, -2.0, 0.5])
+    optimizer = AdaBelief([compiled], lr=0.1)
+    torch.compile(optimizer.step, backend="eager")()
+    AdaBelief([plain], lr=0.1, fused=False, foreach=False).step()
+    assert torch.equal(compiled, plain)
