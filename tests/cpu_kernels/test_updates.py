@@ -118,7 +118,7 @@ PRECISIONS = {
 
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("setting", ["adabelief amsgrad", "lion huber", "eg adamw"])
+@pytest.mark.parametrize("setting", ["adabelief amsgrad", "eg adamw"])
 def test_bfloat16_is_rounded_as_the_reference_does(setting, precision, stochastic):
     dtype, options = PRECISIONS[precision]
     params, gradients = draw(3, dtype)
