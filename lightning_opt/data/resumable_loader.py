@@ -23,9 +23,10 @@ class ResumableLoader(DataLoader):
     - The loader uses no global random state. Worker processes seed python, numpy and torch anew for every batch from
       ``(seed, epoch, rank, batch)``, so random augmentation in workers depends neither on their number nor on where
       the run was resumed. With ``num_workers=0`` augmentation draws from the global state, which ``ResumeState`` saves.
-    - In a distributed run every rank takes each ``world_size``-th sample of the permutation, without the Trainer's
-      help. A rank repeats a sample only where it would otherwise make one batch fewer than the others; with
-      ``drop_last`` none is repeated. So an evaluation over several ranks is nearly always exact.
+    - In a distributed run every rank takes each ``world_size``-th sample of the permutation, without the Trainer's help
+      (``use_distributed_sampler`` has no effect). A rank repeats a sample only where it would otherwise make one batch
+      fewer than the others; with ``drop_last`` none is repeated. So an evaluation over several ranks is nearly always
+      exact.
     - A dataset may define ``__getitems__(indices)`` that returns a whole batch as a tuple, a dict or a tensor: one
       indexing operation for the batch, and nothing is collated. A list is taken as samples, as torch does.
 
@@ -78,22 +79,23 @@ class ResumableLoader(DataLoader):
         if loader_kwargs.get("in_order") is False:
             raise ValueError("in_order must be True: batches that overtake each other cannot be resumed, got False")
         sampler = loader_kwargs.pop("sampler", None)
-        batch_sampler = loader_kwargs.pop("batch_sampler", None)
-        for given in (sampler, getattr(batch_sampler, "sampler", batch_sampler)):
-            # the Trainer brings these: in order to overfit, its index recorder around our own sampler to predict
-            if not (given is None or isinstance(given, SequentialSampler | _EpochSampler)):
+        recorder = loader_kwargs.pop("batch_sampler", None)
+        # the Trainer brings these: one to read in order when it overfits, one around our own to predict
+        for given, accepted in ((sampler, SequentialSampler), (getattr(recorder, "sampler", recorder), _EpochSampler)):
+            if not (given is None or isinstance(given, accepted)):
                 raise ValueError(f"sampler must be None: ResumableLoader makes its own, got {type(given).__name__}")
         loader_kwargs["generator"] = torch.Generator()
         loader_kwargs["collate_fn"] = loader_kwargs.get("collate_fn") or _collate
 
-        if batch_sampler is not None and isinstance(batch_sampler.sampler, _EpochSampler):
-            self._order = batch_sampler.sampler
-            super().__init__(dataset, batch_sampler=batch_sampler, num_workers=num_workers, **loader_kwargs)
-        else:
-            self._order = _EpochSampler(dataset, batch_size, shuffle, seed, drop_last, seed_workers=num_workers > 0)
+        if recorder is None:
+            self._order = _EpochSampler(dataset, batch_size, shuffle and sampler is None, seed, drop_last)
             super().__init__(
                 dataset, batch_size, sampler=self._order, drop_last=drop_last, num_workers=num_workers, **loader_kwargs
             )
+        else:
+            self._order = recorder.sampler
+            super().__init__(dataset, batch_sampler=recorder, num_workers=num_workers, **loader_kwargs)
+        self._seeds_workers = num_workers > 0 and recorder is None  # recorded indices are to be plain integers
         self.seed = seed
         self._epoch = 0  # the epoch that the position is about
         self._batches = 0  # handed out in that epoch
@@ -108,7 +110,7 @@ class ResumableLoader(DataLoader):
         order = self._order
         self._batches, self._position = self._first_batch(self._position), None
         self._epoch = order.epoch
-        order.first_batch = self._batches
+        order.first_batch, order.seeds_workers = self._batches, self._seeds_workers
         assert isinstance(self.generator, torch.Generator)
         self.generator.manual_seed(_mix(order.seed, order.epoch, order.rank))
         for batch in super().__iter__():
@@ -145,17 +147,15 @@ class _EpochSampler(DistributedSampler):
     rank when it is read and not when it is made: loaders are often made before the process group.
     """
 
-    def __init__(
-        self, dataset: Sized, batch_size: int, shuffle: bool, seed: int, drop_last: bool, *, seed_workers: bool
-    ) -> None:
+    def __init__(self, dataset: Sized, batch_size: int, shuffle: bool, seed: int, drop_last: bool) -> None:
         self.dataset: Sized = dataset  # type: ignore[assignment]
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = seed
         self.drop_last = drop_last
-        self.seed_workers = seed_workers
         self.epoch = 0
-        self.first_batch = 0
+        self.first_batch = 0  # both set by the loader when it starts a pass
+        self.seeds_workers = False
 
     @property
     def rank(self) -> int:  # type: ignore[override]
@@ -192,7 +192,7 @@ class _EpochSampler(DistributedSampler):
         # behind the end of the order it starts over, as DistributedSampler pads
         places = torch.arange(len(self)) * ranks + self.rank
         indices = order[places[self.first_batch * self.batch_size :] % max(size, 1)].tolist()
-        if self.seed_workers:
+        if self.seeds_workers:
             for i in range(0, len(indices), self.batch_size):
                 key = (self.seed, self.epoch, self.rank, self.first_batch + i // self.batch_size)
                 indices[i] = _SeedingIndex.of(indices[i], key)

@@ -8,7 +8,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import BasePredictionWriter
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Subset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+)
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_opt.data import ResumableLoader
@@ -182,6 +191,7 @@ def test_the_trainer_keeps_its_own_sampler_out():
         ("in_order", False, "in_order must be True"),
         ("sampler", RandomSampler(range(3)), "sampler must be None: ResumableLoader makes its own, got RandomSampler"),
         ("batch_sampler", [[0]], "sampler must be None"),
+        ("batch_sampler", BatchSampler(SequentialSampler(range(3)), 2, False), "sampler must be None"),
     ],
 )
 def test_wrong_arguments(argument, value, message):
@@ -261,19 +271,21 @@ def trainer(folder, **kwargs):
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated")
+@pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("in_hook", [False, True])
-def test_predict_is_in_order_and_knows_its_indices(tmp_path, in_hook):
+def test_predict_is_in_order_and_knows_its_indices(tmp_path, in_hook, num_workers):
     """The Trainer makes the loader anew around a recorder of indices."""
     writer = Indices("epoch")
     runner = trainer(tmp_path, callbacks=[writer])
 
     def loader():
-        return ResumableLoader(range(10), batch_size=4, drop_last=True, seed=2)
+        return ResumableLoader(range(10), batch_size=4, drop_last=True, seed=2, num_workers=num_workers)
 
     module = Echo(loader)
     out = runner.predict(module) if in_hook else runner.predict(module, loader())
     assert out == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]  # drop_last is off for predictions
     assert writer.indices == [out]
+    assert {type(index) for batches in writer.indices for batch in batches for index in batch} == {int}
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
