@@ -86,7 +86,7 @@ def run(device: str) -> Run:
 
 def on_triton(optimizer: Optimizer) -> None:
     """Use the Triton kernels, on CPU tensors too, where only tests do."""
-    optimizer._kernels = lambda group, device, dtype: triton_kernels
+    optimizer._kernels = lambda group, p: triton_kernels
 
 
 @pytest.fixture(name="on_triton")
