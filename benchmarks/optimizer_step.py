@@ -6,21 +6,19 @@ median of the paired ratios. "Per byte" divides the times by the bytes that the 
 """
 
 import argparse
+import contextlib
+import io
 import statistics
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-import adabelief_pytorch
-import lion_pytorch
-import pytorch_optimizer
 import torch
-import torch_optimizer
 from _runner import paired_times, ratio_summary, write_result
-from lion_pytorch import foreach as lion_foreach
 from torch import Tensor
 
 from lightning_opt.optim import AdaBelief, DiffGrad, ExponentiatedAdamW, ExponentiatedSGD, Lion
@@ -35,35 +33,6 @@ OURS: dict[str, tuple[Callable[..., Any], int, float]] = {
     "ExponentiatedAdamW": (ExponentiatedAdamW, 7, 1.10),
 }
 ADAM_NUMBERS = 7
-
-# other packages' optimizers of the same update, in every setting that they offer, and how much slower they should be
-PEERS: dict[str, tuple[float, dict[str, Callable[..., Any]]]] = {
-    "AdaBelief": (
-        4.0,
-        {
-            "pytorch_optimizer, foreach": lambda p: pytorch_optimizer.AdaBelief(p, foreach=True),
-            "pytorch_optimizer, loop": lambda p: pytorch_optimizer.AdaBelief(p, foreach=False),
-            "adabelief_pytorch": lambda p: adabelief_pytorch.AdaBelief(p, rectify=False, print_change_log=False),
-        },
-    ),
-    "DiffGrad": (
-        4.0,
-        {
-            "pytorch_optimizer, foreach": lambda p: pytorch_optimizer.DiffGrad(p, foreach=True),
-            "pytorch_optimizer, loop": lambda p: pytorch_optimizer.DiffGrad(p, foreach=False),
-            "torch_optimizer": torch_optimizer.DiffGrad,
-        },
-    ),
-    "Lion": (
-        2.0,
-        {
-            "pytorch_optimizer, foreach": lambda p: pytorch_optimizer.Lion(p, foreach=True),
-            "pytorch_optimizer, loop": lambda p: pytorch_optimizer.Lion(p, foreach=False),
-            "lion_pytorch": lion_pytorch.Lion,
-            "lion_pytorch, foreach": lion_foreach.Lion,
-        },
-    ),
-}
 
 FIRST_STEP = """
 import time, torch
@@ -129,21 +98,44 @@ def beside_adam(shapes: list[tuple[int, ...]], rounds: int) -> dict[str, Any]:
     return {"tensors": len(shapes), "parameters": size, "rounds": rounds, "rows": rows}
 
 
+def peers() -> dict[str, tuple[float, dict[str, Callable[..., Any]]]]:
+    """Other packages' optimizers of the same update in every setting they offer; how much slower they should be."""
+    import adabelief_pytorch
+    import lion_pytorch
+    import pytorch_optimizer as po
+    import torch_optimizer
+    from lion_pytorch import foreach as lion_foreach
+
+    def both(name: str) -> dict[str, Callable[..., Any]]:
+        cls = getattr(po, name)
+        return {f"pytorch_optimizer, foreach={on}": partial(cls, foreach=on) for on in (True, False)}
+
+    adabelief = partial(adabelief_pytorch.AdaBelief, rectify=False, print_change_log=False)
+    return {
+        "AdaBelief": (4.0, {**both("AdaBelief"), "adabelief_pytorch": adabelief}),
+        "DiffGrad": (4.0, {**both("DiffGrad"), "torch_optimizer": torch_optimizer.DiffGrad}),
+        "Lion": (
+            2.0,
+            {**both("Lion"), "lion_pytorch": lion_pytorch.Lion, "lion_pytorch, foreach": lion_foreach.Lion},
+        ),
+    }
+
+
 def beside_peers(shapes: list[tuple[int, ...]], rounds: int) -> dict[str, Any]:
     """Each of our optimizers and the same of other packages in turns."""
     rows: dict[str, Any] = {}
     print(f"\nThe same update in other packages: their time over ours, {rounds} pairs")
-    for name, (target, peers) in PEERS.items():
+    for name, (target, makers) in peers().items():
         optimizer = OURS[name][0](draw(shapes))
         rows[name] = {"target": target, "peers": {}}
-        for peer, make in peers.items():
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about the versions of torch that they were written for
+        for peer, make in makers.items():
+            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # some print, some warn
+                warnings.simplefilter("ignore")
                 times = paired_times({"peer": make(draw(shapes)).step, "ours": optimizer.step}, rounds, warmup=1)
             ratio = ratio_summary(times, "peer", "ours")
             rows[name]["peers"][peer] = {"median_s": statistics.median(times["peer"]), "ratio": ratio}
             print(
-                f"{name:12}{peer:28}{1e3 * rows[name]['peers'][peer]['median_s']:8.1f} ms"
+                f"{name:12}{peer:34}{1e3 * rows[name]['peers'][peer]['median_s']:8.1f} ms"
                 f"{ratio['median']:7.1f} x  ({ratio['q10']:.1f} - {ratio['q90']:.1f}), at least {target:.0f}"
             )
     return {"rounds": rounds, "rows": rows}
