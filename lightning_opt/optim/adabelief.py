@@ -15,7 +15,7 @@ from lightning_opt.registry import register
 from ._base import Optimizer, Options
 from ._checks import check_betas
 from ._peers import from_peer
-from ._statistics import sample
+from ._statistics import precise, sample
 from ._tensor_list import select
 
 
@@ -183,14 +183,14 @@ class AdaBelief(Optimizer):
                 state = self.state.get(p)
                 if not state:
                     continue
-                m, v = sample(state["exp_avg"]).float(), sample(state["exp_avg_var"]).float()
+                m, v = precise(sample(state["exp_avg"])), precise(sample(state["exp_avg_var"]))
                 c = SimpleNamespace(**self.coefficients(state["step"].double(), group["lr"], group))
-                base = sample(state["max_exp_avg_var"]).float() if group["amsgrad"] else v
+                base = precise(sample(state["max_exp_avg_var"])) if group["amsgrad"] else v
                 below.append(v < c.accumulated)
                 steps.append((c.size * m / ((base * c.scale + c.offset).sqrt() + c.outer)).abs())
         if not below:
             return {}
-        return {"floor_fraction": torch.cat(below).float().mean(), "median_step": torch.cat(steps).median()}
+        return {"floor_fraction": torch.cat(below).float().mean(), "median_step": torch.cat(steps).median().float()}
 
     @override
     def diagnose(self, statistics: dict[str, float], step: int) -> str | None:

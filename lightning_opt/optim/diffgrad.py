@@ -13,7 +13,7 @@ from lightning_opt.registry import register
 from ._base import Optimizer, Options
 from ._checks import check_betas
 from ._peers import from_peer
-from ._statistics import sample
+from ._statistics import precise, sample
 
 
 @register(
@@ -165,14 +165,14 @@ class DiffGrad(Optimizer):
                 state = self.state.get(p)
                 if not state or p.grad is None:
                     continue
-                g, previous = sample(p.grad).float(), sample(state["previous_grad"]).float()
+                g, previous = precise(sample(p.grad)), precise(sample(state["previous_grad"]))
                 g = -g if group["maximize"] else g
                 if not group["decoupled"]:
-                    g = g + group["weight_decay"] * sample(p).float()
+                    g = g + group["weight_decay"] * precise(sample(p))
                 change = (previous - g).abs()
                 if group["friction"] == "relative":
                     c = self.coefficients(state["step"].double() + 1, group["lr"], group)
-                    v = c["beta2"] * sample(state["exp_avg_sq"]).float() + c["weight2"] * g * g
+                    v = c["beta2"] * precise(sample(state["exp_avg_sq"])) + c["weight2"] * g * g
                     change = c["kappa"] * change / ((c["unbias"] * v).sqrt() + c["eps"])
                 frictions.append(change.sigmoid())
         if not frictions:

@@ -14,7 +14,7 @@ from lightning_opt.registry import register
 from ._base import Optimizer, Options
 from ._checks import check_betas
 from ._lion_kernels import KERNELS, direction, validate
-from ._statistics import sample
+from ._statistics import precise, sample
 from ._tensor_list import TensorList
 
 
@@ -206,7 +206,7 @@ class LionK(Optimizer):
         with the step (``auto_scale``, relative ``e``).
         """
         distances, bounds, residuals, radii = [], [], [], []
-        potential: Tensor | None = loss.detach().float() if loss is not None else None
+        potential: Tensor | None = precise(loss) if loss is not None else None
         for group in self.param_groups:
             decay = group["weight_decay"]
             k, args = KERNELS.get(group["kernel"]), group["kernel_args"] or {}
@@ -214,9 +214,9 @@ class LionK(Optimizer):
                 potential = None
                 continue
             for p in group["params"]:
-                x = decay * p.detach().float()
+                x = decay * precise(p)
                 state = self.state.get(p)
-                m = state["exp_avg"].float() if state else torch.zeros_like(x)
+                m = precise(state["exp_avg"]) if state else torch.zeros_like(x)
                 gauge, u = k.gauge(x, args), direction(m, group["kernel"], args)
                 if group["auto_scale"]:
                     size = u.square().mean().sqrt()
