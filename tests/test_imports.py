@@ -71,7 +71,7 @@ def test_the_bare_name_of_a_root_folder_is_banned(tmp_path: Path, name: str) -> 
         ),
         (
             "from lightning_opt.callbacks import OptimizerMonitor, ResumeState, RunReport",
-            ("numba", "triton", "matplotlib", "sklearn", "pooch"),
+            ("numba", "sklearn", "pooch"),
         ),
     ],
 )

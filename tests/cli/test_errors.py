@@ -27,7 +27,7 @@ WORDS = {
     "--trainer.max_epochs=abc": "trainer.max_epochs must be a whole number or null; got 'abc'.",
     "--trainer.precision=17": "trainer.precision must be one of 64, 32, 16, 'transformer-engine'",
     "--trainer.accelerator=gppu": "invalid accelerator name: `accelerator='gppu'`. Available names are",
-    "--trainer.callbacks=RunReprt": "trainer.callbacks: there is no Callback named 'RunReprt'. Did you mean RunReport?",
+    "--trainer.callbacks=RunReprt": "trainer.callbacks: there is no Callback named 'RunReprt'. Did you mean RunReport",
     "--model=Clasifier": "model: there is no LightningModule named 'Clasifier'. Did you mean Classifier?",
     "--model.net=MPL": "model.net: there is no class named 'MPL'. Did you mean MLP?",
     "--model.net.hiden=[3]": "model.net: MLP has no argument 'hiden'. Did you mean hidden?",
@@ -75,8 +75,8 @@ CONFIGS = {
     "trainer>trainr": "there is no option 'trainr'. Did you mean trainer?",
     "optimizer>optimizr": "there is no option 'optimizr'. Did you mean optimizer?",
     "trainer/max_epochs>max_epoch": "there is no option 'trainer.max_epoch'. Did you mean trainer.max_epochs",
-    "trainer/callbacks=[{class_path: RunReprt}]": "there is no Callback named 'RunReprt'. Did you mean RunReport?",
-    "trainer/callbacks=[RunReprt]": "there is no Callback named 'RunReprt'. Did you mean RunReport?",
+    "trainer/callbacks=[{class_path: RunReprt}]": "there is no Callback named 'RunReprt'. Did you mean RunReport",
+    "trainer/callbacks=[RunReprt]": "there is no Callback named 'RunReprt'. Did you mean RunReport",
     "trainer/callbacks=[{class_path: EarlyStopping}]": "trainer.callbacks: EarlyStopping needs a value for monitor.",
     "trainer/callbacks=[{class_path: EarlyStopping, init_args: {monitr: x}}]": (
         "no argument 'monitr'. Did you mean monitor?"

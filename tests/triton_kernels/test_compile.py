@@ -138,7 +138,7 @@ def main() -> None:
         if name.startswith("Exponentiated") and dtype != "float32":
             options = {**options, "min_abs": 1e-4}
         optimizer = getattr(optim, name)([parameter], **options)
-        optimizer._kernels = lambda group, device, dtype: triton_kernels
+        optimizer._kernels = lambda group, p: triton_kernels
         parameter.grad = torch.ones_like(parameter)
         optimizer.step()
         ptx = compiler.results[-1].asm["ptx"]
@@ -152,7 +152,7 @@ def main() -> None:
     for count in (1, 2, 3, 16, 17):
         parameters = [torch.nn.Parameter(torch.ones(10)) for _ in range(count)]
         optimizer = optim.Lion(parameters, lr=1 / count)
-        optimizer._kernels = lambda group, device, dtype: triton_kernels
+        optimizer._kernels = lambda group, p: triton_kernels
         for parameter in parameters:
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
