@@ -1,0 +1,1 @@
+from .sample_based import SampleBasedLR as SampleBasedLR
