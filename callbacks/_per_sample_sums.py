@@ -1,8 +1,9 @@
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -30,7 +31,7 @@ def per_sample_sums(
         coordinates: Return :math:`\sum_i g_i^2` by coordinate too, flat.
 
     Raises:
-        MisconfigurationException: If a batch holds anything but tensors.
+        MisconfigurationException: If ``training_step`` cannot be vectorised.
     """
     trained = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
     direction = torch.cat([g.reshape(-1) for g in mean])
@@ -43,7 +44,9 @@ def per_sample_sums(
             return functional_call(holder, {f"module.{name}": p for name, p in parameters.items()}, (sample,))
 
         for batch, samples in batches:
-            for chunk in per_sample_gradients(of_sample, trained, batch, samples, chunk_size=chunk_size):
+            for chunk in _vectorised(
+                pl_module, per_sample_gradients(of_sample, trained, batch, samples, chunk_size=chunk_size)
+            ):
                 flat = torch.cat([g.reshape(len(g), -1) for g in chunk.values()], dim=1)
                 sums[0] += len(flat)
                 sums[1] += flat.double().square().sum()
@@ -51,6 +54,16 @@ def per_sample_sums(
                 if squares is not None:
                     squares += flat.square().sum(0)
     return sums, squares
+
+
+def _vectorised(pl_module: pl.LightningModule, chunks: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    try:
+        yield from chunks
+    except (RuntimeError, ValueError) as error:
+        raise MisconfigurationException(
+            f"torch.func.vmap cannot run the training_step of {type(pl_module).__name__} on single samples: {error} Use"
+            " AdaptiveBatchSize(estimator='micro')."
+        ) from error
 
 
 class _Loss(nn.Module):
