@@ -43,7 +43,7 @@ def _part(value: Any, samples: int, start: int, end: int, found: list[Tensor]) -
         if len(value) == samples and not any(isinstance(entry, (Tensor, dict, list, tuple)) for entry in value):
             return value[start:end]
         parts = [_part(entry, samples, start, end, found) for entry in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+        return type(value)(parts) if type(value) in (list, tuple) else type(value)(*parts)  # a named tuple
     if value is None or isinstance(value, (str, bytes, int, float)):
         return value
     raise ValueError(f"a {type(value).__name__} in the batch")

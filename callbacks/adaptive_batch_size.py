@@ -1,7 +1,9 @@
 """A batch size that grows as the noise of the gradient demands (arXiv:2402.11215)."""
 
+import dataclasses
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal
 
@@ -55,7 +57,7 @@ from ._train_loader import as_resumable
 class AdaptiveBatchSize(pl.Callback):
     r"""Grows the batch during training, just enough that the noise of the mean gradient stays a share of its norm.
 
-    Every ``test_interval`` steps the variance S of the per-sample gradients of the step's batch is estimated; if
+    Every ``test_interval`` steps of the size at the start the variance S of per-sample gradients is estimated; if
     :math:`S / b > \eta^2 \lVert \bar g \rVert^2` (the norm test;
     :func:`lightning_opt.gradient_noise.required_batch_size` has all four), the batch grows to what the test asks, from
     the next step on. It never shrinks. A run with ``eta=inf`` is bit for bit the run without the callback.
@@ -80,7 +82,8 @@ class AdaptiveBatchSize(pl.Callback):
             The batch is rounded up to a multiple of ranks times micro-batches.
         max_micro: The most samples of a micro-batch on a rank. None lets it grow until memory is full: on one device a
             batch that does not fit is halved and trained on in parts, and ``max_micro`` lowered.
-        test_interval: Test every so many steps.
+        test_interval: Test every so many steps of the batch that the run begins with, that is every so many samples: in
+            steps more often as the batch grows, and a test then costs a smaller share of its step. 1 tests every step.
         estimator: Where the variance comes from. ``"micro"``: mean gradients of the micro-batches, as differences of
             ``p.grad``, without a further pass; where they are fewer than ``groups``, those of a step that tests run in
             several pieces. ``"worker"``: the mean gradients of the ranks, one group a rank. ``"per_sample"``:
@@ -134,7 +137,7 @@ class AdaptiveBatchSize(pl.Callback):
         b0: int | None = None,
         b_max: int | None = None,
         max_micro: int | None = None,
-        test_interval: int = 10,
+        test_interval: int = 40,
         estimator: Literal["micro", "per_sample", "worker"] = "micro",
         groups: int = 8,
         ema: float = 0.0,
@@ -172,17 +175,19 @@ class AdaptiveBatchSize(pl.Callback):
         self.test_interval, self.estimator, self.groups = test_interval, estimator, groups
         self.ema, self.debias, self.growth_cap = ema, debias, growth_cap
         self.lr_scale, self.chunk_size, self.seed = lr_scale, chunk_size, seed
+        self._undo: list[Callable[[], None]] = []  # what is arranged with a Trainer
         if lr_scale != "none":
             self.owns = frozenset({"batch size", "learning rate"})  # type: ignore[misc]
         self._begin()
 
     def __repr__(self) -> str:
-        names = ("test", "eta", "theta", "nu", "quantile", "b0", "b_max", "max_micro", "test_interval", "estimator")
-        names += ("groups", "ema", "debias", "growth_cap", "lr_scale", "chunk_size", "seed")
+        names = inspect.signature(type(self)).parameters
         return f"AdaptiveBatchSize({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
     def _begin(self) -> None:
         self._batch = self._micro = self._accum = 0  # of the steps to come; 0 before training has started
+        self._start = 0  # of the first step
+        self._untested = -1  # samples of the steps since the last test, if there was one
         self._limit_micro = self.max_micro  # lowered where memory is full
         self._samples = 0
         self._skipped = 0  # tests that met a number that is not finite
@@ -205,9 +210,8 @@ class AdaptiveBatchSize(pl.Callback):
         self._refusal: MisconfigurationException | None = None
         self._epoch_batches = 0  # of the size at the start
         self._b_max = 0
-        undo, self._undo = getattr(self, "_undo", []), []
-        while undo:
-            undo.pop()()
+        while self._undo:
+            self._undo.pop()()
 
     # --- the batch size ----------------------------------------------------------------------------------------------
 
@@ -318,6 +322,7 @@ class AdaptiveBatchSize(pl.Callback):
                     " batch_size or raise b_max."
                 )
             self._split(start, world)
+            self._start = self._batch
 
     def _split(self, batch: int, world_size: int) -> None:
         self._micro, self._accum = split_batch(batch, self._limit_micro, world_size)
@@ -473,11 +478,11 @@ class AdaptiveBatchSize(pl.Callback):
         if same_epoch and (number <= window.first or not window.ends_with(loader, number - 1, trainer.world_size)):
             return
         self._window = Window.at(loader, number, self._batch, trainer.world_size)
-        self._window.tests = self._is_due(trainer)
+        self._window.tests = self._is_due()
         self._batches, self._decision = [], None
         self._collector = self._collect(trainer.lightning_module) if self._window.tests else None
 
-    def _is_due(self, trainer: pl.Trainer) -> bool:
+    def _is_due(self) -> bool:
         thresholds = {
             "norm": (self.eta,),
             "coordinate": (self.eta,),
@@ -485,7 +490,8 @@ class AdaptiveBatchSize(pl.Callback):
             "augmented_inner_product": (self.theta, self.nu),
         }[self.test]
         can_fail = min(thresholds) < math.inf
-        return can_fail and self._batch < self._b_max and trainer.global_step % self.test_interval == 0
+        waited = self._untested < 0 or self._untested >= self.test_interval * self._start
+        return can_fail and waited and self._batch < self._b_max
 
     @override
     def on_before_optimizer_step(
@@ -570,7 +576,8 @@ class AdaptiveBatchSize(pl.Callback):
         means = [self.ema * a + (1 - self.ema) * b for a, b in zip(old, new, strict=True)]
         self._means = torch.tensor(means).tolist()
         weight, trace, norm_sq, mean_along = self._means
-        return statistics._replace(
+        return dataclasses.replace(
+            statistics,
             var_trace=trace / weight,
             grad_norm_sq=norm_sq / weight,
             var_along=None if along is None else mean_along / weight,
@@ -584,6 +591,8 @@ class AdaptiveBatchSize(pl.Callback):
             return
         _, loader = self._running()
         self._samples += self._window.samples(loader, self._number())
+        tested = self._window.tests
+        self._untested = self._batch if tested else self._untested + self._batch if self._untested >= 0 else -1
         values: dict[str, float] = {
             "global": self._batch,
             "micro": self._micro,
@@ -647,6 +656,8 @@ class AdaptiveBatchSize(pl.Callback):
             "micro": self._micro,
             "accum": self._accum,
             "limit_micro": self._limit_micro,
+            "start": self._start,
+            "untested": self._untested,
             "samples": self._samples,
             "skipped": self._skipped,
             "means": list(self._means),
@@ -659,6 +670,7 @@ class AdaptiveBatchSize(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._batch, self._micro, self._accum = state_dict["batch"], state_dict["micro"], state_dict["accum"]
         self._limit_micro, self._samples = state_dict["limit_micro"], state_dict["samples"]
+        self._start, self._untested = state_dict["start"], state_dict["untested"]
         self._skipped, self._means = state_dict["skipped"], list(state_dict["means"])
         self._window = Window(**state_dict["window"])
         self._loaded_groups = state_dict["groups"]

@@ -1,13 +1,14 @@
 """Mean and variance of the per-sample gradients of a batch, from the samples or from groups of them."""
 
+import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-class GradientStatistics(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class GradientStatistics:
     r"""What the gradients of one batch say about the noise of their mean.
 
     With per-sample gradients :math:`g_i`, their mean :math:`\bar g`, and variances with :math:`1/(b-1)`:

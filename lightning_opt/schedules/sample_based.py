@@ -50,12 +50,14 @@ class SampleBasedLR(LRScheduler):
         >>> import torch
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
         >>> scheduler = SampleBasedLR(optimizer, batch_size=10, warmup_samples=20, lr_decay_samples=60, decay="linear")
-        >>> for batch_size in (10, 10, 20, 20):
-        ...     scheduler.batch_size = batch_size
-        ...     print(scheduler.get_last_lr()[0], end=" ")
+        >>> for scheduler.batch_size in (10, 10, 20, 20):
+        ...     print(scheduler.get_last_lr())
         ...     optimizer.step()
         ...     scheduler.step()
-        0.5 1.0 1.0 0.5
+        [0.5]
+        [1.0]
+        [1.0]
+        [0.5]
     """
 
     interval: ClassVar[Literal["step"]] = "step"

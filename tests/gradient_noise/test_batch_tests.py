@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -51,7 +52,7 @@ def test_each_condition_of_the_augmented_test_counts():
     across = GradientStatistics(samples=4, groups=4, grad_norm_sq=1.0, var_trace=8.0, var_along=0.0)
     assert required_batch_size(across, "inner_product") == 0
     assert required_batch_size(across, "augmented_inner_product", nu=0.5) == 32
-    along = across._replace(var_along=8.0)
+    along = dataclasses.replace(across, var_along=8.0)
     assert required_batch_size(along, "augmented_inner_product", theta=0.5, nu=0.5) == 32
 
 
@@ -89,7 +90,7 @@ def test_debias_is_the_noise_scale():
     """With the norm debiased, the request is B_simple / eta^2 of arXiv:1812.06162."""
     statistics = GradientStatistics(samples=10, groups=10, grad_norm_sq=1.0, var_trace=5.0)
     assert required_batch_size(statistics, debias=True) == math.ceil(5.0 / (0.25 * 0.5))
-    drowned = statistics._replace(var_trace=50.0)
+    drowned = dataclasses.replace(statistics, var_trace=50.0)
     assert required_batch_size(drowned, debias=True) > 1e30
 
 
