@@ -1,0 +1,9 @@
+from ._errors import NonFiniteCurvatureError as NonFiniteCurvatureError
+from ._errors import NotTwiceDifferentiableError as NotTwiceDifferentiableError
+from .hessian import HessianOperator as HessianOperator
+from .lanczos import LanczosResult as LanczosResult
+from .lanczos import lanczos as lanczos
+from .operator import CurvatureOperator as CurvatureOperator
+from .operator import MatrixOperator as MatrixOperator
+from .operator import mean_over_ranks as mean_over_ranks
+from .probe_mode import probe_mode as probe_mode
