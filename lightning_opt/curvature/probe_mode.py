@@ -16,7 +16,7 @@ def probe_mode(
 ) -> Iterator[None]:
     """Evaluate a module repeatedly without a trace: running statistics do not move, and modes are put back.
 
-    Both the operator's products belong inside. With ``"batch"``, normalization layers use the statistics of the batch,
+    All products of an operator belong inside. With ``"batch"``, normalization layers use the statistics of the batch,
     as in training, and the curvature is that of the training loss; it then couples the samples of a batch, so that
     micro-batches are not one batch, and gradients of single samples do not exist. With ``"running"`` they use their
     running statistics, as in evaluation.
@@ -36,8 +36,8 @@ def probe_mode(
         >>> from lightning_opt.curvature import probe_mode
         >>> layer = torch.nn.BatchNorm1d(3)
         >>> with probe_mode(layer):
-        ...     mean = layer(torch.arange(6.0).view(2, 3)).mean()
-        >>> float(mean), layer.running_mean.tolist()
+        ...     mean = layer(torch.arange(6.0).view(2, 3)).mean().item()
+        >>> mean, layer.running_mean.tolist()
         (0.0, [0.0, 0.0, 0.0])
     """
     check_choice("batch_norm", batch_norm, ["batch", "running"])
