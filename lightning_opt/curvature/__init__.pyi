@@ -1,5 +1,7 @@
 from ._errors import NonFiniteCurvatureError as NonFiniteCurvatureError
 from ._errors import NotTwiceDifferentiableError as NotTwiceDifferentiableError
+from .fisher import EmpiricalFisherOperator as EmpiricalFisherOperator
+from .ggn import GGNOperator as GGNOperator
 from .hessian import HessianOperator as HessianOperator
 from .lanczos import LanczosResult as LanczosResult
 from .lanczos import lanczos as lanczos
