@@ -9,3 +9,11 @@ from .operator import CurvatureOperator as CurvatureOperator
 from .operator import MatrixOperator as MatrixOperator
 from .operator import mean_over_ranks as mean_over_ranks
 from .probe_mode import probe_mode as probe_mode
+from .spectral_density import Moment as Moment
+from .spectral_density import SpectralDensity as SpectralDensity
+from .spectral_density import slq_density as slq_density
+from .top_eigenpairs import Eigenpairs as Eigenpairs
+from .top_eigenpairs import top_eigenpairs as top_eigenpairs
+from .trace import TraceEstimate as TraceEstimate
+from .trace import hutchinson_trace as hutchinson_trace
+from .trace import xtrace as xtrace
