@@ -58,3 +58,17 @@ class MicroBatches:
         """Index, micro-batch and weight of each."""
         for index, weight in enumerate(self._weights):
             yield index, self._batches[index], weight
+
+
+def scalar_loss(loss: Any) -> Tensor:
+    """The loss, if it is a scalar with a gradient.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss must return a scalar tensor, got {shape}")
+    if not loss.requires_grad:
+        raise ValueError("loss must depend on params, got a tensor without a gradient: was it detached?")
+    return loss

@@ -12,7 +12,7 @@ from typing_extensions import override
 from lightning_opt._checks import check_choice
 
 from ._context import product_context, seed_all
-from ._errors import differentiating_twice
+from ._errors import check_twice_differentiable, differentiating_twice
 from ._finite_difference import central_difference
 from ._micro_batches import MicroBatches
 from ._retained import Retained
@@ -45,6 +45,7 @@ class OutputOperator(CurvatureOperator):
         self.method = method
         self.seed = seed
         self._batches = MicroBatches(batches, weights, reduce, self.device)
+        self.checked = False
         self._retained: Retained[_Linearized] = Retained(self.params, retain_graph and len(self._batches) == 1)
 
     @abstractmethod
@@ -86,6 +87,9 @@ class _Linearized:
             # J^T u is linear in u, and its derivative along v is J v
             self.u = torch.zeros_like(self.outputs, requires_grad=True)
             pulled = torch.autograd.grad(self.outputs, operator.params, self.u, create_graph=True, allow_unused=True)
+            if not operator.checked:
+                check_twice_differentiable(pulled)
+                operator.checked = True
             self.rows = [i for i, g in enumerate(pulled) if g is not None and g.requires_grad]
             self.pulled = [pulled[i] for i in self.rows]
 
@@ -102,6 +106,8 @@ class _Linearized:
             with torch.no_grad():
                 outputs = central_difference(operator, lambda: operator.evaluate(self.index, self.batch)[0], vector)
             return outputs.to(self.outputs.dtype)
+        if not self.pulled:  # the outputs depend on other parameters only
+            return torch.zeros_like(self.outputs)
         parts = operator.unflatten(vector)
         along = [parts[i].to(g.dtype) for i, g in zip(self.rows, self.pulled, strict=True)]
         (tangent,) = torch.autograd.grad(self.pulled, self.u, along, retain_graph=True)

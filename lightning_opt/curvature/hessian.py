@@ -12,9 +12,9 @@ from lightning_opt._checks import check_choice
 from lightning_opt.registry import register
 
 from ._context import product_context, seed_all
-from ._errors import differentiating_twice
+from ._errors import check_twice_differentiable, differentiating_twice
 from ._finite_difference import central_difference
-from ._micro_batches import MicroBatches
+from ._micro_batches import MicroBatches, scalar_loss
 from ._retained import Retained
 from .operator import CurvatureOperator
 
@@ -84,6 +84,7 @@ class HessianOperator(CurvatureOperator):
         self.method = method
         self.seed = seed
         self._batches = MicroBatches(batches, weights, reduce, self.device)
+        self._checked = False
         self._retained: Retained[Graph] = Retained(self.params, retain_graph and len(self._batches) == 1)
 
     @override
@@ -102,6 +103,9 @@ class HessianOperator(CurvatureOperator):
 
     def _graph(self, index: int, batch: Any) -> Graph:
         grads = self._backward(index, batch, create_graph=True)
+        if not self._checked:
+            check_twice_differentiable(grads)
+            self._checked = True
         curved = {i: g for i, g in enumerate(grads) if g is not None and g.requires_grad}
         return list(curved.values()), list(curved)
 
@@ -121,10 +125,7 @@ class HessianOperator(CurvatureOperator):
 
     def _backward(self, index: int, batch: Any, create_graph: bool) -> tuple[Tensor | None, ...]:
         seed_all(self.device, self.seed + index)
-        loss = self.loss(batch)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"loss must return a scalar tensor, got {shape}")
-        if not loss.requires_grad:
-            raise ValueError("loss must depend on params, got a tensor without a gradient: was it detached?")
-        return torch.autograd.grad(loss.reshape(()), self.params, create_graph=create_graph, allow_unused=True)
+        loss = scalar_loss(self.loss(batch))
+        # a factor that requires a gradient: only then do functions marked once_differentiable put their error there
+        factor = torch.ones_like(loss, requires_grad=create_graph)
+        return torch.autograd.grad(loss, self.params, factor, create_graph=create_graph, allow_unused=True)
