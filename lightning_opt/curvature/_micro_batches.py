@@ -1,6 +1,6 @@
 """The data of an operator: micro-batches and what each of them weighs."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -54,10 +54,17 @@ class MicroBatches:
     def __len__(self) -> int:
         return len(self._weights)
 
-    def __iter__(self) -> Iterator[tuple[int, Any, float]]:
-        """Index, micro-batch and weight of each."""
+    def weighted_sum(self, function: Callable[[int, Any], Tensor]) -> Tensor:
+        """The weighted sum of a function of the number of a micro-batch and the micro-batch."""
+        total: Tensor | None = None
         for index, weight in enumerate(self._weights):
-            yield index, self._batches[index], weight
+            part = function(index, self._batches[index])
+            if total is None:
+                total = part if weight == 1 else part.mul_(weight)
+            else:
+                total.add_(part, alpha=weight)
+        assert total is not None
+        return total
 
 
 def scalar_loss(loss: Any) -> Tensor:

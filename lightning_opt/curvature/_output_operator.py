@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_opt._checks import check_choice
 
-from ._context import product_context, seed_all
+from ._context import forward_context, product_context
 from ._errors import check_twice_differentiable, differentiating_twice
 from ._finite_difference import central_difference
 from ._micro_batches import MicroBatches
@@ -54,20 +54,21 @@ class OutputOperator(CurvatureOperator):
 
     @override
     def multiply(self, vectors: Tensor) -> Tensor:
-        twice = self.method == "autograd"
-        with product_context(self.device, twice=twice), differentiating_twice():
-            total = torch.zeros_like(vectors)
-            for index, batch, weight in self._batches:
-                linear = self._retained.get(partial(_Linearized, self, index, batch))
-                for number, vector in enumerate(vectors):
-                    keep = self._retained.keep or number < len(vectors) - 1
-                    total[number].add_(linear.product(vector, keep), alpha=weight)
-            return total
+        with product_context(self.device), differentiating_twice():
+            return self._batches.weighted_sum(partial(self._batch_product, vectors))
+
+    def _batch_product(self, vectors: Tensor, index: int, batch: Any) -> Tensor:
+        linear = self._retained.get(partial(_Linearized, self, index, batch))
+        products = []
+        for number, vector in enumerate(vectors):
+            keep = self._retained.keep or number < len(vectors) - 1
+            products.append(linear.product(vector, keep))
+        return torch.stack(products)
 
     def evaluate(self, index: int, batch: Any) -> tuple[Tensor, Any]:
         """Outputs and targets of a micro-batch, its random layers seeded."""
-        seed_all(self.device, self.seed + index)
-        result = self.forward(batch)
+        with forward_context(self.device, self.seed + index, twice=self.method == "autograd"):
+            result = self.forward(batch)
         if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], Tensor):
             raise ValueError("forward must return (outputs, targets) with a tensor of outputs")
         return result

@@ -11,7 +11,7 @@ from typing_extensions import override
 from lightning_opt._checks import check_choice
 from lightning_opt.registry import register
 
-from ._context import product_context, seed_all
+from ._context import forward_context, product_context
 from ._errors import check_twice_differentiable, differentiating_twice
 from ._finite_difference import central_difference
 from ._micro_batches import MicroBatches, scalar_loss
@@ -89,20 +89,22 @@ class HessianOperator(CurvatureOperator):
 
     @override
     def multiply(self, vectors: Tensor) -> Tensor:
-        with product_context(self.device, twice=self.method == "autograd"):
+        with product_context(self.device):
             if self.method == "finite_difference":
                 return torch.stack([central_difference(self, self._gradient, v) for v in vectors])
-            total = torch.zeros_like(vectors)
-            for index, batch, weight in self._batches:
-                with differentiating_twice():
-                    graph = self._retained.get(partial(self._graph, index, batch))
-                    for number, vector in enumerate(vectors):
-                        keep = self._retained.keep or number < len(vectors) - 1
-                        total[number].add_(self._through(graph, vector, keep), alpha=weight)
-            return total
+            with differentiating_twice():
+                return self._batches.weighted_sum(partial(self._batch_product, vectors))
+
+    def _batch_product(self, vectors: Tensor, index: int, batch: Any) -> Tensor:
+        graph = self._retained.get(partial(self._graph, index, batch))
+        products = []
+        for number, vector in enumerate(vectors):
+            keep = self._retained.keep or number < len(vectors) - 1
+            products.append(self._through(graph, vector, keep))
+        return products[0].unsqueeze(0) if len(products) == 1 else torch.stack(products)
 
     def _graph(self, index: int, batch: Any) -> Graph:
-        grads = self._backward(index, batch, create_graph=True)
+        grads = self._gradients(index, batch, create_graph=True)
         if not self._checked:
             check_twice_differentiable(grads)
             self._checked = True
@@ -111,21 +113,18 @@ class HessianOperator(CurvatureOperator):
 
     def _through(self, graph: Graph, vector: Tensor, keep: bool) -> Tensor:
         grads, rows = graph
-        if not grads:  # the loss is linear in the parameters
+        if not grads:  # the loss depends on other parameters only
             return torch.zeros_like(vector)
         parts = self.unflatten(vector)
         along = [parts[i].to(g.dtype) for i, g in zip(rows, grads, strict=True)]
         return self.flatten(torch.autograd.grad(grads, self.params, along, retain_graph=keep, allow_unused=True))
 
     def _gradient(self) -> Tensor:
-        total = torch.zeros(self.size, dtype=self.dtype, device=self.device)
-        for index, batch, weight in self._batches:
-            total.add_(self.flatten(self._backward(index, batch, create_graph=False)), alpha=weight)
-        return total
+        return self._batches.weighted_sum(lambda index, batch: self.flatten(self._gradients(index, batch)))
 
-    def _backward(self, index: int, batch: Any, create_graph: bool) -> tuple[Tensor | None, ...]:
-        seed_all(self.device, self.seed + index)
-        loss = scalar_loss(self.loss(batch))
-        # a factor that requires a gradient: only then do functions marked once_differentiable put their error there
-        factor = torch.ones_like(loss, requires_grad=create_graph)
-        return torch.autograd.grad(loss, self.params, factor, create_graph=create_graph, allow_unused=True)
+    def _gradients(self, index: int, batch: Any, create_graph: bool = False) -> tuple[Tensor | None, ...]:
+        with forward_context(self.device, self.seed + index, twice=create_graph):
+            loss = scalar_loss(self.loss(batch))
+            # a factor that requires a gradient: only then do functions marked once_differentiable put their error there
+            factor = torch.ones_like(loss, requires_grad=create_graph)
+            return torch.autograd.grad(loss, self.params, factor, create_graph=create_graph, allow_unused=True)
