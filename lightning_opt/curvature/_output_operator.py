@@ -54,7 +54,8 @@ class OutputOperator(CurvatureOperator):
 
     @override
     def multiply(self, vectors: Tensor) -> Tensor:
-        with product_context(self.device), differentiating_twice():
+        twice = self.method == "autograd"
+        with product_context(self.device, twice=twice), differentiating_twice():
             return self._batches.weighted_sum(partial(self._batch_product, vectors))
 
     def _batch_product(self, vectors: Tensor, index: int, batch: Any) -> Tensor:
@@ -67,7 +68,7 @@ class OutputOperator(CurvatureOperator):
 
     def evaluate(self, index: int, batch: Any) -> tuple[Tensor, Any]:
         """Outputs and targets of a micro-batch, its random layers seeded."""
-        with forward_context(self.device, self.seed + index, twice=self.method == "autograd"):
+        with forward_context(self.device, self.seed + index):
             result = self.forward(batch)
         if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], Tensor):
             raise ValueError("forward must return (outputs, targets) with a tensor of outputs")

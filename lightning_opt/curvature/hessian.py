@@ -89,7 +89,7 @@ class HessianOperator(CurvatureOperator):
 
     @override
     def multiply(self, vectors: Tensor) -> Tensor:
-        with product_context(self.device):
+        with product_context(self.device, twice=self.method == "autograd"):
             if self.method == "finite_difference":
                 return torch.stack([central_difference(self, self._gradient, v) for v in vectors])
             with differentiating_twice():
@@ -123,7 +123,7 @@ class HessianOperator(CurvatureOperator):
         return self._batches.weighted_sum(lambda index, batch: self.flatten(self._gradients(index, batch)))
 
     def _gradients(self, index: int, batch: Any, create_graph: bool = False) -> tuple[Tensor | None, ...]:
-        with forward_context(self.device, self.seed + index, twice=create_graph):
+        with forward_context(self.device, self.seed + index):
             loss = scalar_loss(self.loss(batch))
             # a factor that requires a gradient: only then do functions marked once_differentiable put their error there
             factor = torch.ones_like(loss, requires_grad=create_graph)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from lightning_opt.curvature import (
     EmpiricalFisherOperator,
@@ -51,16 +52,22 @@ class Convolutional(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Sequences of 4 tokens of width 4, with fused attention."""
+    """Sequences of 4 tokens of width 4, with fused attention, checkpointed or not."""
 
-    def __init__(self):
+    def __init__(self, checkpointed=False):
         super().__init__()
+        self.checkpointed = checkpointed
         self.qkv = nn.Linear(4, 12)
         self.head = nn.Linear(4, 3)
 
+    def attend(self, x):
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return functional.scaled_dot_product_attention(q, k, v)
+
     def forward(self, x):
-        q, k, v = self.qkv(x.view(-1, 1, 4, 4)).chunk(3, dim=-1)
-        return self.head(functional.scaled_dot_product_attention(q, k, v).mean(dim=2).squeeze(1))
+        x = x.view(-1, 1, 4, 4)
+        x = checkpoint(self.attend, x, use_reentrant=False) if self.checkpointed else self.attend(x)
+        return self.head(x.mean(dim=2).squeeze(1))
 
 
 def make(kind, dtype=F64):
@@ -313,6 +320,19 @@ def test_some_of_the_parameters(name, method):
     torch.testing.assert_close(block, whole[30:, 30:], rtol=0, atol=1e-13 if method == "autograd" else 1e-9)
     other = torch.ones(2, dtype=F64, requires_grad=True)
     assert not operator(*loss, [other], [(x, y)], method=method).to_dense().any()
+
+
+@pytest.mark.parametrize("retain_graph", [True, False])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_checkpointed_attention(name, retain_graph):
+    """Its forward pass runs again in every backward pass."""
+    net, x, y = make("transformer")
+    v = draw(75)
+    expected = build(name, net, functional.cross_entropy, [(x, y)]) @ v
+    net.checkpointed = True
+    operator = build(name, net, functional.cross_entropy, [(x, y)], retain_graph=retain_graph)
+    for _ in range(2):
+        torch.testing.assert_close(operator @ v, expected, **ROUNDING)
 
 
 class OnceDifferentiable(torch.autograd.Function):
