@@ -17,7 +17,7 @@ from lightning_opt.models import CharGPT, LanguageModel
 
 class Trained(LanguageModel):
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), 3e-3)
+        return torch.optim.Adam(self.parameters(), 2e-2)
 
 
 def new_trainer(**kwargs: Any) -> pl.Trainer:
@@ -134,8 +134,9 @@ def test_learns_and_resumes_within_an_epoch(abc: CharText, tmp_path: Path) -> No
     for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
     (metrics,) = trainer.test(resumed, datamodule=abc, verbose=False)
-    # only the character behind "ab" is uncertain, c or a alike: 2/5 of the pairs "b?" cost one bit each
-    assert metrics["test/bits_per_character"] < 0.9  # log2(3) = 1.58 by chance
+    # a is followed by b and c by a; b by a or c alike, which the two characters before it tell, but only at the last of
+    # the 3 places of a window: 2/3 * 2/5 = 0.27 bits at best, log2(3) = 1.58 by chance
+    assert metrics["test/bits_per_character"] < 0.8
 
 
 def test_a_config_builds_it_by_short_names() -> None:
