@@ -38,6 +38,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated"),
 ]
 
+settings = {"ResumeState": {}}
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
