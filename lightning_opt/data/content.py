@@ -34,7 +34,7 @@ def check_sha256(path: Path, content: bytes, sha256: str, what: str) -> None:
     if (found := hashlib.sha256(content).hexdigest()) != sha256:
         raise CorruptDataError(
             f"{path} is {what}, but not the published one: its content has the SHA-256 {found}, expected {sha256}."
-            f" {ADVICE}"
+            f" {ADVICE} A data module takes it as it is with verify=False."
         )
 
 
