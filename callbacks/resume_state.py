@@ -158,6 +158,8 @@ class ResumeState(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Arrange for the state to be taken back behind all hooks that run before training."""
+        if trainer.ckpt_path is not None:
+            restart.forget_early_loader(trainer)
         loaded = self._loaded
         if loaded is None:
             return

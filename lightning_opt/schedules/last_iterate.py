@@ -156,7 +156,7 @@ class LastIterateLR(StepSchedule):
         total = self.total_steps or 0
         if self.kind in _ABSOLUTE:
             mu = group["weight_decay"] if self.mu is None else self.mu
-            kappa = self.lipschitz / mu if self.lipschitz is not None else self.kappa
+            kappa = self.kappa if self.lipschitz is None else self.lipschitz / mu
             return absolute_rate(self.kind, step + 1, total, mu, kappa)
         relative = _RELATIVE[self.kind]
         factor = relative.shape(step, total, self.p)
@@ -180,7 +180,7 @@ class LastIterateLR(StepSchedule):
                 )
 
 
-def absolute_rate(kind: str, t: int, total_steps: int, mu: float, kappa: float) -> float:
+def absolute_rate(kind: str, t: int, total_steps: int, mu: Any, kappa: Any) -> float:
     """The step sizes for strongly convex functions, at step t = 1, 2, ... (S4 and S5)."""
     if kind == "strongly_convex":
         return 1 / (mu * (t + 2 * kappa))

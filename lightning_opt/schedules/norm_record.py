@@ -80,6 +80,6 @@ class NormRecord:
                 }
         except FileNotFoundError:
             raise
-        except (KeyError, ValueError, OSError, AttributeError, zipfile.BadZipFile) as error:
+        except (KeyError, ValueError, TypeError, OSError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} holds no record of gradient norms") from error
         return cls(**{**values, "norms": torch.from_numpy(values["norms"])})

@@ -170,9 +170,9 @@ def last_iterate_bound(norms: Tensor, schedule: Tensor, distance: float | Tensor
     Example:
         >>> T = 100
         >>> rates = torch.linspace(1, 0, T + 1, dtype=torch.float64)[:-1] / T**0.5
-        >>> bound = last_iterate_bound(torch.ones(T), rates / 2, 1.0)
+        >>> bound = last_iterate_bound(torch.ones(T), rates, 1.0)
         >>> f"{bound * T**0.5:.2f} / sqrt(T)"
-        '2.02 / sqrt(T)'
+        '2.04 / sqrt(T)'
     """
     squares = (schedule * norms) ** 2
     from_here = squares.flip(0).cumsum(0).flip(0)

@@ -26,16 +26,16 @@ _BUILTINS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, tor
 def state_is_tensors_and_builtins(subject: Subject) -> None:
     """``state_dict`` after a fit holds tensors and Python builtins only, and loads with ``weights_only``."""
     state = subject.outcome.state
-    foreign = list(dict.fromkeys(_foreign(state)))
+    foreign = foreign_types(state)
     require(not foreign, f"neither tensors nor builtins: {', '.join(foreign)}")
-    require_equal(_through_a_file(state), state, "saved and loaded")
+    require_equal(through_a_file(state), state, "saved and loaded")
 
 
 @check
 def loaded_state_is_the_saved_one(subject: Subject) -> None:
     """``load_state_dict`` of a new callback takes all of it."""
     fresh = subject.build()
-    fresh.load_state_dict(_through_a_file(subject.outcome.state))
+    fresh.load_state_dict(through_a_file(subject.outcome.state))
     require_equal(fresh.state_dict(), subject.outcome.state, "state of the loaded callback")
 
 
@@ -55,7 +55,7 @@ def resumes_exactly(subject: Subject) -> None:
     """A run that is killed within or at the end of an epoch and resumed ends, logs and has state as the whole run."""
     helpers = [] if issubclass(subject.cls, ResumeState) else [ResumeState]
     with tempfile.TemporaryDirectory() as folder:
-        saver = _Save(Path(folder))
+        saver = Saver(Path(folder))
         whole = subject.run(*(helper() for helper in helpers), saver)
         require_trained(subject, whole)
         for batch in saver.moments(grows="batch size" in subject.owns):
@@ -72,7 +72,7 @@ def resumes_exactly(subject: Subject) -> None:
             require(not extra, f"{what}: logged only when resumed: {sorted(extra)}")
 
 
-class _Save(Checkpoint):
+class Saver(Checkpoint):
     """Writes a checkpoint behind every batch where ModelCheckpoint does, behind the other callbacks.
 
     Attributes:
@@ -96,11 +96,17 @@ class _Save(Checkpoint):
         return sorted({batch for batch in early if batch in self.files})
 
 
-def _through_a_file(state: Any) -> Any:
+def through_a_file(state: Any) -> Any:
+    """What is read of a state that was saved, with ``weights_only``."""
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
+
+
+def foreign_types(state: Any) -> list[str]:
+    """Names of the types in a state that are neither tensors nor builtins."""
+    return list(dict.fromkeys(_foreign(state)))
 
 
 def _foreign(value: Any) -> Iterator[str]:
