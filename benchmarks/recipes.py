@@ -9,9 +9,11 @@ process. Finished seeds are kept in ``benchmarks/results/recipes/<name>.json`` a
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import re
+import shlex
 import statistics
 import tempfile
 from pathlib import Path
@@ -20,7 +22,8 @@ from typing import Any
 from _runner import RESULTS, write_result
 
 from lightning_opt.cli import LightningOptCLI
-from lightning_opt.cli.recipes import recipe_names, recipe_path
+from lightning_opt.cli import main as main_command
+from lightning_opt.cli.recipes import recipe_header, recipe_names, recipe_path, recipe_runs
 
 MEASURES = {  # what a recipe is judged by: its words, its factor, its digits
     "accuracy": ("% test accuracy", 100, 1),
@@ -59,20 +62,15 @@ def measure(name: str, seeds: list[int]) -> dict[str, Any]:
 
 
 def run(name: str, seed: int) -> dict[str, float]:
-    """One fit and its test."""
-    with tempfile.TemporaryDirectory() as folder:
-        cli = LightningOptCLI(
-            [
-                "fit",
-                f"--config={name}",
-                f"--seed_everything={seed}",
-                f"--data.seed={seed}",
-                f"--trainer.default_root_dir={folder}",
-                "--trainer.callbacks+=Timer",
-                "--trainer.enable_progress_bar=false",
-                "--trainer.enable_model_summary=false",
-            ]
-        )
+    """One fit and its test, behind the runs that a recipe of several runs needs before it."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        runs = recipe_runs(name.rpartition("/")[0])
+        for earlier in runs[: runs.index(name)] if name in runs else []:
+            fit(earlier, seed)
+        for command in recipe_header(recipe_path(name))["command"].split(" && ")[:-1]:
+            if main_command(shlex.split(command)[1:]) != 0:
+                raise RuntimeError(command)
+        cli = fit(name, seed)
     timer = next(callback for callback in cli.trainer.callbacks if type(callback).__name__ == "Timer")
     judge = next(name for name in MEASURES if f"test/{name}" in cli.test_results[0])
     return {
@@ -81,6 +79,21 @@ def run(name: str, seed: int) -> dict[str, float]:
         "train_seconds": timer.time_elapsed("train"),  # with its validation
         "steps": cli.trainer.global_step,
     }
+
+
+def fit(name: str, seed: int) -> LightningOptCLI:
+    """The command of one recipe's fit, in the working folder."""
+    return LightningOptCLI(
+        [
+            "fit",
+            f"--config={name}",
+            f"--seed_everything={seed}",
+            f"--data.seed={seed}",
+            "--trainer.callbacks+=Timer",
+            "--trainer.enable_progress_bar=false",
+            "--trainer.enable_model_summary=false",
+        ]
+    )
 
 
 def summary(runs: dict[str, dict[str, float]]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class ScheduleCheck(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._known = set()
-        if trainer.fast_dev_run:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector of Lightning's
             return
         for number, config in enumerate(trainer.lr_scheduler_configs):
             end, planned = horizon(config.scheduler), _planned(trainer, config)
@@ -63,7 +63,7 @@ class ScheduleCheck(pl.Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.fast_dev_run:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector of Lightning's
             return
         for number, config in enumerate(trainer.lr_scheduler_configs):
             end = horizon(config.scheduler)

@@ -46,6 +46,7 @@ OWNERS_ONLY = {"refuses_a_second_owner", "does_not_overrule_a_schedule_silently"
 NOT_APPLICABLE = {
     "ResumeState": {"logs_under_its_prefix"},
     "RunReport": {"logs_under_its_prefix"},
+    "ScheduleCheck": {"logs_under_its_prefix"},
 }
 
 CALLBACKS = {entry.name: entry for entry in registry.entries("callback")}

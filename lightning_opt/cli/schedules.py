@@ -38,8 +38,9 @@ def with_total_steps(cls: type, arguments: dict[str, Any], total_steps: Callable
 
 def interval_of(scheduler: Any, given: Interval | None) -> Interval:
     """When the scheduler is stepped: as given, as its class says, else every epoch."""
-    own = "step" if isinstance(scheduler, _EVERY_STEP) else "epoch"
-    return given or getattr(scheduler, "interval", own)
+    own: Interval = "step" if isinstance(scheduler, _EVERY_STEP) else "epoch"
+    says: Interval = getattr(scheduler, "interval", own)
+    return given or says
 
 
 def remark(scheduler: Any, given: Interval | None) -> str | None:
