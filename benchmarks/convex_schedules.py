@@ -7,7 +7,7 @@
 
 A method's rate is the one that is best on the mean over all seeds of the problem.
 
-    python benchmarks/schedules.py        # about two minutes on one thread
+    python benchmarks/convex_schedules.py        # about two minutes on one thread
 """
 
 import math
@@ -40,7 +40,7 @@ def main() -> None:
         print(f"\n{problem}")
         for name, row in rows.items():
             print(f"  {name:<26}{row['mean']:>12.6f} ± {row['standard_error']:.6f}   rate {row['rate']}")
-    write_result("schedules", {"problems": problems})
+    write_result("convex_schedules", {"problems": problems})
 
 
 def l1_regression(seeds: Sequence[int], degrees: float | None = None) -> dict[str, Any]:
