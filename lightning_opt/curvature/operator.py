@@ -98,10 +98,10 @@ class CurvatureOperator(ABC):
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """One vector ``[n]`` from tensors in the shapes of the parameters; ``None`` stands for zeros."""
         flat = [
-            torch.zeros(n, dtype=self.dtype, device=self.device) if t is None else t.detach().reshape(-1)
-            for t, n in zip(tensors, self._sizes, strict=True)
+            torch.zeros(p.numel(), dtype=self.dtype, device=self.device) if t is None else t.reshape(-1).to(self.dtype)
+            for t, p in zip(tensors, self.params, strict=True)
         ]
-        return torch.cat([t if t.dtype == self.dtype else t.to(self.dtype) for t in flat])
+        return torch.cat(flat).detach()
 
 
 class MatrixOperator(CurvatureOperator):
