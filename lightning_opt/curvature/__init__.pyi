@@ -1,0 +1,13 @@
+from .batch_size_laws import MaxLR as MaxLR
+from .batch_size_laws import minibatch_eigenvalue as minibatch_eigenvalue
+from .batch_size_laws import predict_max_lr as predict_max_lr
+from .batch_size_laws import rescale_lr as rescale_lr
+from .linear_stability import critical_lr as critical_lr
+from .linear_stability import second_moment_radius as second_moment_radius
+from .stability import Stability as Stability
+from .stability import stability as stability
+from .step_rules import Guards as Guards
+from .step_rules import Step as Step
+from .step_rules import curvature_range as curvature_range
+from .step_rules import guarded as guarded
+from .step_rules import step_rule as step_rule
