@@ -1,4 +1,4 @@
-"""Matrix-free curvature of a model's loss, and what follows from it for learning rate, momentum and stability."""
+"""Curvature of a loss without forming matrices: operators, Lanczos, spectral densities, eigenpairs, traces."""
 
 import lazy_loader
 
