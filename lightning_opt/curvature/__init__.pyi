@@ -4,6 +4,8 @@ from .batch_size_laws import MaxLR as MaxLR
 from .batch_size_laws import minibatch_eigenvalue as minibatch_eigenvalue
 from .batch_size_laws import predict_max_lr as predict_max_lr
 from .batch_size_laws import rescale_lr as rescale_lr
+from .fisher import EmpiricalFisherOperator as EmpiricalFisherOperator
+from .ggn import GGNOperator as GGNOperator
 from .hessian import HessianOperator as HessianOperator
 from .lanczos import LanczosResult as LanczosResult
 from .lanczos import lanczos as lanczos
@@ -12,7 +14,11 @@ from .linear_stability import second_moment_radius as second_moment_radius
 from .operator import CurvatureOperator as CurvatureOperator
 from .operator import MatrixOperator as MatrixOperator
 from .operator import mean_over_ranks as mean_over_ranks
+from .preconditioned import PreconditionedOperator as PreconditionedOperator
 from .probe_mode import probe_mode as probe_mode
+from .spectral_density import Moment as Moment
+from .spectral_density import SpectralDensity as SpectralDensity
+from .spectral_density import slq_density as slq_density
 from .stability import Stability as Stability
 from .stability import stability as stability
 from .step_rules import Guards as Guards
@@ -20,3 +26,8 @@ from .step_rules import Step as Step
 from .step_rules import curvature_range as curvature_range
 from .step_rules import guarded as guarded
 from .step_rules import step_rule as step_rule
+from .top_eigenpairs import Eigenpairs as Eigenpairs
+from .top_eigenpairs import top_eigenpairs as top_eigenpairs
+from .trace import TraceEstimate as TraceEstimate
+from .trace import hutchinson_trace as hutchinson_trace
+from .trace import xtrace as xtrace

@@ -11,8 +11,9 @@ from .operator import CurvatureOperator
 def central_difference(operator: CurvatureOperator, function: Callable[[], Tensor], vector: Tensor) -> Tensor:
     r"""The derivative of a function of the parameters along a vector, :math:`(f(\theta + h v) - f(\theta - h v)) / 2h`.
 
-    The step :math:`h \lVert v \rVert` is the cube root of the rounding unit of the parameters' dtype, times
-    :math:`1 + \lVert \theta \rVert`, which balances rounding and the third derivative.
+    The step has the length of the cube root of the rounding unit of the parameters' dtype, 5e-3 in float32, which
+    balances rounding and the third derivative along the directions of large curvature. It is not scaled with the norm
+    of the parameters: along the top eigenvectors of trained networks that costs two digits.
 
     Args:
         operator: Whose parameters are moved, and put back bit for bit.
@@ -21,8 +22,7 @@ def central_difference(operator: CurvatureOperator, function: Callable[[], Tenso
     """
     saved = [p.detach().clone() for p in operator.params]
     unit = max(torch.finfo(p.dtype).eps for p in operator.params)
-    length = unit ** (1 / 3) * (1 + torch.linalg.vector_norm(operator.flatten(saved)))
-    step = length / torch.linalg.vector_norm(vector).clamp_min(torch.finfo(vector.dtype).tiny)
+    step = unit ** (1 / 3) / torch.linalg.vector_norm(vector).clamp_min(torch.finfo(vector.dtype).tiny)
     try:
         _move(operator, saved, step * vector)
         ahead = function()

@@ -1,6 +1,7 @@
 """Products with the Hessian of a loss, by double backward (Pearlmutter, 1994) or by differences of gradients."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,9 +15,10 @@ from ._context import product_context, seed_all
 from ._errors import differentiating_twice
 from ._finite_difference import central_difference
 from ._micro_batches import MicroBatches
+from ._retained import Retained
 from .operator import CurvatureOperator
 
-# parameters, the gradients that depend on them, and which parameter each belongs to
+# the gradients that depend on the parameters, and which parameter each belongs to
 Graph = tuple[list[Tensor], list[int]]
 
 
@@ -82,54 +84,34 @@ class HessianOperator(CurvatureOperator):
         self.method = method
         self.seed = seed
         self._batches = MicroBatches(batches, weights, reduce, self.device)
-        self._retain = retain_graph and len(self._batches) == 1 and method == "autograd"
-        self._kept: tuple[list[int], Graph] | None = None
+        self._retained: Retained[Graph] = Retained(self.params, retain_graph and len(self._batches) == 1)
 
     @override
     def multiply(self, vectors: Tensor) -> Tensor:
         with product_context(self.device, twice=self.method == "autograd"):
             if self.method == "finite_difference":
                 return torch.stack([central_difference(self, self._gradient, v) for v in vectors])
-            total = None
+            total = torch.zeros_like(vectors)
             for index, batch, weight in self._batches:
                 with differentiating_twice():
-                    graph = self._graph(index, batch)
-                    product = self._through(graph, vectors, keep=self._retain)
-                total = product.mul_(weight) if total is None else total.add_(product, alpha=weight)
-            assert total is not None
+                    graph = self._retained.get(partial(self._graph, index, batch))
+                    for number, vector in enumerate(vectors):
+                        keep = self._retained.keep or number < len(vectors) - 1
+                        total[number].add_(self._through(graph, vector, keep), alpha=weight)
             return total
 
     def _graph(self, index: int, batch: Any) -> Graph:
-        versions = [p._version for p in self.params]
-        if self._kept is not None and self._kept[0] == versions:
-            return self._kept[1]
-        self._kept = None
         grads = self._backward(index, batch, create_graph=True)
-        rows = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
-        graph = [g for g in grads if g is not None and g.requires_grad], rows
-        if self._retain:
-            self._kept = versions, graph
-        return graph
+        curved = {i: g for i, g in enumerate(grads) if g is not None and g.requires_grad}
+        return list(curved.values()), list(curved)
 
-    def _through(self, graph: Graph, vectors: Tensor, keep: bool) -> Tensor:
+    def _through(self, graph: Graph, vector: Tensor, keep: bool) -> Tensor:
         grads, rows = graph
         if not grads:  # the loss is linear in the parameters
-            return torch.zeros_like(vectors)
-        products = []
-        for number, vector in enumerate(vectors):
-            parts = self.unflatten(vector)
-            products.append(
-                self.flatten(
-                    torch.autograd.grad(
-                        grads,
-                        self.params,
-                        [parts[i].to(g.dtype) for i, g in zip(rows, grads, strict=True)],
-                        retain_graph=keep or number < len(vectors) - 1,
-                        allow_unused=True,
-                    )
-                )
-            )
-        return products[0].unsqueeze(0) if len(products) == 1 else torch.stack(products)
+            return torch.zeros_like(vector)
+        parts = self.unflatten(vector)
+        along = [parts[i].to(g.dtype) for i, g in zip(rows, grads, strict=True)]
+        return self.flatten(torch.autograd.grad(grads, self.params, along, retain_graph=keep, allow_unused=True))
 
     def _gradient(self) -> Tensor:
         total = torch.zeros(self.size, dtype=self.dtype, device=self.device)

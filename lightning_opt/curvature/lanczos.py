@@ -10,9 +10,8 @@ from lightning_opt._checks import check_interval
 from lightning_opt.registry import register
 
 from ._errors import NonFiniteCurvatureError
+from ._krylov import breakdown_threshold, check_generator, combine, gaussian, orthogonalize, unit
 from .operator import CurvatureOperator
-
-_COLUMNS = 1 << 20  # of a low-precision basis that are converted at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +51,7 @@ class LanczosResult:
             raise ValueError("no basis was kept: run lanczos with reorthogonalize=True")
         check_interval("k", k, 1, self.steps)
         top = self._coordinates[:, -k:].flip(1)
-        return _combine(self._basis, top)
+        return combine(self._basis, top)
 
 
 @register("tool", summary="Ritz values and quadrature weights of a curvature operator")
@@ -98,12 +97,12 @@ def lanczos(
         (3, [-1.0, 2.0, 5.0])
     """
     check_interval("num_steps", num_steps, 1)
-    q = _unit(start_vector(operator, generator) if start is None else _fitting(operator, start))
+    check_generator(generator)
+    q = unit(gaussian(operator, generator) if start is None else _fitting(operator, start))
     steps = min(num_steps, operator.size)
     basis = None
     if reorthogonalize:
         basis = torch.empty(steps, operator.size, dtype=basis_dtype or operator.dtype, device=operator.device)
-    unit = torch.finfo(operator.dtype).eps
     alphas: list[float] = []
     betas: list[float] = []
     scale = 0.0
@@ -119,7 +118,7 @@ def lanczos(
             basis[step] = q
             alpha = torch.dot(q, w)
             for _ in range(2):
-                _orthogonalize(w, basis[: step + 1])
+                orthogonalize(w, basis[: step + 1])
         # one transfer a step
         values = torch.stack([alpha, torch.linalg.vector_norm(w)]).tolist()
         if not all(map(math.isfinite, values)):
@@ -127,56 +126,17 @@ def lanczos(
         alphas.append(values[0])
         betas.append(values[1])
         scale = max(scale, abs(values[0]), values[1])
-        if values[1] <= 16 * unit * scale:
+        if values[1] <= breakdown_threshold(operator.dtype) * scale:
             breakdown = True
             break
         previous, q = q, w.div_(values[1])
     return _result(alphas, betas, breakdown, basis)
 
 
-def start_vector(operator: CurvatureOperator, generator: torch.Generator) -> Tensor:
-    """A Gaussian vector ``[n]`` that is the same on every device and rank: drawn on the CPU.
-
-    Raises:
-        ValueError: If the generator is not on the CPU.
-    """
-    if generator.device.type != "cpu":
-        raise ValueError(f"generator must be on the CPU, so that all devices draw alike, got {generator.device}")
-    dtype = torch.float64 if operator.dtype == torch.float64 else torch.float32
-    return torch.randn(operator.size, generator=generator, dtype=dtype).to(operator.device, operator.dtype)
-
-
 def _fitting(operator: CurvatureOperator, start: Tensor) -> Tensor:
     if start.shape != (operator.size,):
         raise ValueError(f"start must be a vector [{operator.size}], got shape {list(start.shape)}")
     return start.detach().to(operator.device, operator.dtype)
-
-
-def _unit(vector: Tensor) -> Tensor:
-    norm = float(torch.linalg.vector_norm(vector))
-    if not (norm > 0 and math.isfinite(norm)):
-        raise ValueError(f"start must have a positive, finite norm, got {norm}")
-    return vector / norm
-
-
-def _orthogonalize(w: Tensor, basis: Tensor) -> None:
-    """Take the components along the rows of the basis out of ``w``, in place."""
-    if basis.dtype == w.dtype:
-        w.addmv_(basis.T, basis @ w, alpha=-1)
-        return
-    components = w.new_zeros(len(basis))
-    pieces = list(zip(basis.split(_COLUMNS, dim=1), w.split(_COLUMNS), strict=True))
-    for piece, part in pieces:
-        components += piece.to(w.dtype) @ part
-    for piece, part in pieces:
-        part.addmv_(piece.T.to(w.dtype), components, alpha=-1)
-
-
-def _combine(basis: Tensor, coordinates: Tensor) -> Tensor:
-    dtype = torch.promote_types(basis.dtype, torch.float32)
-    coordinates = coordinates.to(basis.device, dtype)
-    vectors = torch.cat([piece.to(dtype).T @ coordinates for piece in basis.split(_COLUMNS, dim=1)])
-    return vectors / torch.linalg.vector_norm(vectors, dim=0)
 
 
 def _result(alphas: list[float], betas: list[float], breakdown: bool, basis: Tensor | None) -> LanczosResult:
