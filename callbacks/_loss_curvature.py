@@ -34,7 +34,9 @@ def check_has_curvature(trainer: pl.Trainer, pl_module: pl.LightningModule, who:
         )
     sparse = [name for name, m in pl_module.named_modules() if isinstance(m, nn.Embedding) and m.sparse]
     if sparse:
-        raise MisconfigurationException(f"{who} cannot differentiate twice through {sparse[0]}, whose gradients are sparse.")
+        raise MisconfigurationException(
+            f"{who} cannot differentiate twice through {sparse[0]}, whose gradients are sparse."
+        )
 
 
 @contextlib.contextmanager

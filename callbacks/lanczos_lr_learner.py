@@ -19,6 +19,7 @@ from lightning_opt.curvature import (
     Guards,
     LanczosResult,
     NonFiniteCurvatureError,
+    PreconditionedOperator,
     curvature_range,
     guarded,
     lanczos,
@@ -27,17 +28,22 @@ from lightning_opt.curvature import (
 from lightning_opt.curvature.step_rules import RULES, LowerEnd, Rule
 from lightning_opt.registry import register
 
+from ._arguments import described_by_arguments
 from ._learning_rate import largest_lr, momentum_of, only_optimizer, scale_lr, set_lr
 from ._log_values import is_wanted
 from ._loss_curvature import Products, check_has_curvature, completes_step, loss_curvature, part_of
 from ._ownership import Possession, check_no_scheduler, check_sole_owner
-from ._refresh_schedule import RefreshSchedule
+from ._refresh_schedule import DENSE, RefreshSchedule
 from ._report_curves import COLORS
 from ._report_history import Curve
 from ._report_panel import Panel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+ADAM_FAMILY = (torch.optim.Adam, torch.optim.NAdam)  # AdamW is an Adam
+TINY = torch.finfo(torch.float32).tiny
+NEVER = 2**62  # steps
 
 
 @register(
@@ -77,15 +83,18 @@ class LanczosLRLearner(pl.Callback):
             authors' ``"ssgdmn"``, which depends on the scale of the loss.
         mu: Lower end of the curvature: ``"median"`` or ``"min"``; see :func:`lightning_opt.curvature.curvature_range`.
         num_steps: Lanczos steps of a refresh.
-        refresh_every_n_steps: Optimizer steps between refreshes; None chooses them by ``max_overhead``.
+        refresh_every_n_steps: Optimizer steps between refreshes.
+        refresh_every_n_epochs: Epochs between refreshes, each before the epoch's first step. Without either,
+            ``max_overhead`` decides.
         max_overhead: Share of the time of the training steps that refreshes may take over the whole run.
         curvature_samples: Take so many samples of each micro-batch only: faster, and the curvature of a smaller batch,
             which is larger.
         products: ``"autograd"``, or ``"finite_difference"`` for losses that cannot be differentiated twice.
         weight_threshold: For ``mu="min"``.
-        safety: The rate is at most this share of the largest stable one, :math:`2 (1 + \beta) / L`.
+        safety: The rate is at most this share of the largest stable one, :math:`2 (1 + \beta) / L`; None for no
+            limit.
         growth: The rate is at most this multiple of the one before the refresh; None for no limit.
-        momentum_max: Largest momentum.
+        momentum_max: Largest momentum; None for no limit.
         lr_min: Smallest rate.
         lr_max: Largest rate; None for no limit.
         decay: ``"linear"`` multiplies the learned rate by 1 - t/T over the run.
@@ -123,13 +132,14 @@ class LanczosLRLearner(pl.Callback):
         mu: LowerEnd = "median",
         num_steps: int = 10,
         refresh_every_n_steps: int | None = None,
+        refresh_every_n_epochs: int | None = None,
         max_overhead: float = 0.05,
         curvature_samples: int | None = None,
         products: Products = "autograd",
         weight_threshold: float = 0.5,
-        safety: float = 1.0,
+        safety: float | None = 1.0,
         growth: float | None = 2.0,
-        momentum_max: float = 0.99,
+        momentum_max: float | None = 0.99,
         lr_min: float = 0.0,
         lr_max: float | None = None,
         decay: Literal["linear"] | None = None,
@@ -143,15 +153,21 @@ class LanczosLRLearner(pl.Callback):
         check_interval("num_steps", num_steps, 2)
         if refresh_every_n_steps is not None:
             check_interval("refresh_every_n_steps", refresh_every_n_steps, 1)
+        if refresh_every_n_epochs is not None:
+            check_interval("refresh_every_n_epochs", refresh_every_n_epochs, 1)
+            if refresh_every_n_steps is not None:
+                raise ValueError("give refresh_every_n_steps or refresh_every_n_epochs, not both")
         check_interval("max_overhead", max_overhead, 0, closed="()")
         if curvature_samples is not None:
             check_interval("curvature_samples", curvature_samples, 1)
         check_choice("products", products, ("autograd", "finite_difference"))
         check_interval("weight_threshold", weight_threshold, 0, 1)
-        check_interval("safety", safety, 0, closed="()")
+        if safety is not None:
+            check_interval("safety", safety, 0, closed="()")
         if growth is not None:
             check_interval("growth", growth, 1, closed="()")
-        check_interval("momentum_max", momentum_max, 0, 1, closed="[)")
+        if momentum_max is not None:
+            check_interval("momentum_max", momentum_max, 0, 1, closed="[)")
         check_interval("lr_min", lr_min, 0)
         if lr_max is not None:
             check_interval("lr_max", lr_max, lr_min)
@@ -162,6 +178,7 @@ class LanczosLRLearner(pl.Callback):
         self.mu = mu
         self.num_steps = num_steps
         self.refresh_every_n_steps = refresh_every_n_steps
+        self.refresh_every_n_epochs = refresh_every_n_epochs
         self.max_overhead = max_overhead
         self.curvature_samples = curvature_samples
         self.products = products
@@ -177,3 +194,319 @@ class LanczosLRLearner(pl.Callback):
         self.seed = seed
         self.paper_bug = paper_bug
         self._begin()
+
+    def _begin(self) -> None:
+        interval = self.refresh_every_n_steps if self.refresh_every_n_epochs is None else NEVER
+        self._schedule = RefreshSchedule(interval, self.max_overhead)
+        self._optimizer: Optimizer | None = None
+        self._lr: float | None = None  # learned so far, before decay
+        self._shares: list[float] = []  # of it, by group
+        self._steps = math.inf  # of the whole run
+        self._window: list[Any] = []  # micro-batches of the step that is refreshed at
+        self._row: dict[str, float] = {}  # to be logged behind the step
+        self._clock: float | None = None
+        self._seconds = 0.0  # of the step under way
+        self._products = self._rejected = 0
+        self._warned = False
+        self._curves: dict[str, Curve] = {}
+        self._spectrum: tuple[list[float], list[float]] = ([], [])
+
+    @classmethod
+    def paper(cls) -> "LanczosLRLearner":
+        """The authors' settings: rule ``ssgdmn``, 20 Lanczos steps on 32 samples, once an epoch, without guards.
+
+        They took one fixed subset of the training data for all refreshes, and refreshed every 1, 10 or 20 epochs; here
+        it is the first 32 samples of the batch at hand, every epoch.
+
+        Example:
+            >>> LanczosLRLearner.paper().rule
+            'ssgdmn'
+        """
+        return cls(
+            rule="ssgdmn",
+            mu="min",
+            num_steps=20,
+            refresh_every_n_epochs=1,
+            curvature_samples=32,
+            safety=None,
+            growth=None,
+            momentum_max=None,
+        )
+
+    def __repr__(self) -> str:
+        return described_by_arguments(self)
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            check_sole_owner(trainer, self)
+            check_has_curvature(trainer, pl_module, type(self).__name__, self.loss_fn)
+            self._begin()
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._optimizer = only_optimizer(trainer, self)
+        if self.on_scheduler == "error":
+            check_no_scheduler(trainer, self)
+        _check_optimizer(self._optimizer, self.rule)
+        if self.decay is not None and math.isinf(trainer.estimated_stepping_batches):
+            raise MisconfigurationException(
+                "LanczosLRLearner(decay='linear') must know how long the run is; give the Trainer max_steps."
+            )
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self._optimizer is not None
+        self._steps = trainer.estimated_stepping_batches
+        if self._lr is None:  # a new run
+            self._lr = largest_lr(self._optimizer)
+            rates = [float(group["lr"]) for group in self._optimizer.param_groups]
+            self._shares = [lr / self._lr if self._lr else 1.0 for lr in rates]
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        completes = completes_step(trainer, pl_module)
+        epochs = self.refresh_every_n_epochs
+        if epochs is not None and batch_idx == 0 and trainer.current_epoch % epochs == 0:
+            self._schedule.next = step
+        if step >= self._schedule.next:
+            self._window.append(part_of(batch, self.curvature_samples))
+            if completes:
+                self._refresh(trainer, pl_module, step, batch_idx)
+        if completes and self.decay is not None:
+            self._apply_decay(step)
+        if self._schedule.is_timing:
+            self._clock = _now(pl_module.device)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._clock is not None:
+            self._seconds += _now(pl_module.device) - self._clock
+            self._clock = None
+            if completes_step(trainer, pl_module):
+                self._schedule.step_seconds.append(self._seconds)
+                self._seconds = 0.0
+        if self._row:
+            row, self._row = self._row, {}
+            if is_wanted(trainer):
+                write_row(trainer, row)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._let_go()
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self._optimizer, self._clock, self._window, self._row = None, None, [], {}
+
+    # --- a refresh -------------------------------------------------------------------------------------------------
+
+    def _refresh(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int, batch_idx: int) -> None:
+        begin = time.perf_counter()
+        window, self._window = self._window, []
+        result = self._measure(trainer, pl_module, window, step, batch_idx)
+        if result is not None:
+            self._products += result.products
+            sharpness, mu = curvature_range(result.ritz_values, result.weights, self.mu, self.weight_threshold)
+            if sharpness > TINY:
+                self._learn(trainer, step, result, sharpness, mu)
+            else:
+                self._reject(f"the curvature of the loss is zero at step {step}")
+        schedule = self._schedule
+        if schedule.is_timing:
+            schedule.refresh_seconds.append(time.perf_counter() - begin)
+            if step >= DENSE:
+                schedule.interval = trainer.strategy.broadcast(schedule.chosen(self._steps))
+        schedule.advance(step)
+
+    def _measure(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, window: list[Any], step: int, batch_idx: int
+    ) -> LanczosResult | None:
+        """Ritz values of the curvature; None where there are none."""
+        assert self._optimizer is not None
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        generator = torch.Generator().manual_seed(self.seed + step)
+        measured = loss_curvature(
+            trainer, pl_module, parameters, window, loss_fn=self.loss_fn, products=self.products, batch_idx=batch_idx
+        )
+        with measured as hessian:
+            operator: CurvatureOperator | None = hessian
+            if isinstance(self._optimizer, ADAM_FAMILY):
+                operator = _preconditioned(hessian, self._optimizer)
+            if operator is None:
+                return None  # Adam's first step has the size of its rate, whatever the curvature is
+            try:
+                return lanczos(operator, self.num_steps, generator=generator)
+            except NonFiniteCurvatureError as error:
+                self._reject(f"{error} at step {step}")
+                return None
+
+    def _learn(self, trainer: pl.Trainer, step: int, result: LanczosResult, sharpness: float, mu: float) -> None:
+        assert self._optimizer is not None
+        assert self._lr is not None
+        adam = isinstance(self._optimizer, ADAM_FAMILY)
+        momentum = max(momentum_of(group) for group in self._optimizer.param_groups)
+        # a moving average with rate lr is a heavy ball with this rate
+        unit = 1 - momentum if adam else 1.0
+        asked = step_rule(self.rule, sharpness, mu, paper_bug=self.paper_bug)
+        guards = Guards(
+            safety=self.safety or math.inf,
+            growth=self.growth or math.inf,
+            momentum_max=1.0 if self.momentum_max is None else self.momentum_max,
+            lr_min=self.lr_min * unit,
+            lr_max=math.inf if self.lr_max is None else self.lr_max * unit,
+        )
+        if adam:
+            asked = asked._replace(momentum=None)
+        taken = guarded(asked, sharpness, self._lr * unit, momentum, guards)
+        self._set(trainer, taken.lr / unit, taken.momentum)
+        if taken.momentum is not None:
+            momentum = taken.momentum
+        self._row = {
+            "lanczos_lr/lr": self._lr,
+            "lanczos_lr/momentum": momentum,
+            "lanczos_lr/L": sharpness,
+            "lanczos_lr/mu": mu,
+            "lanczos_lr/lambda_min": result.ritz_values[0].item(),
+            "lanczos_lr/residual": result.residuals[result.ritz_values.abs().argmax()].item(),
+            "lanczos_lr/matvecs": float(self._products),
+            "lanczos_lr/rejected": float(self._rejected),
+            "lanczos_lr/guard_active": float(bool(taken.guards)),
+        }
+        limit = 2 * (1 + momentum) / (unit * sharpness)
+        for name, value in (("lr", self._lr), ("limit", limit), ("momentum", momentum)):
+            self._curves.setdefault(name, Curve()).add(step, value)
+        if taken.guards:
+            self._curves.setdefault("guards", Curve()).add(step, self._lr)
+        self._spectrum = (result.ritz_values.tolist(), result.weights.tolist())
+
+    def _set(self, trainer: pl.Trainer, lr: float, momentum: float | None) -> None:
+        assert self._optimizer is not None
+        old, self._lr = self._lr, lr
+        if trainer.lr_scheduler_configs:
+            assert old is not None
+            scale_lr(trainer, self._optimizer, lr / old)
+        else:
+            self._apply(lr)
+        if momentum is not None:
+            for group in self._optimizer.param_groups:
+                group["momentum"] = momentum
+
+    def _apply_decay(self, step: int) -> None:
+        assert self._lr is not None
+        factor = max(0.0, 1 - step / self._steps)
+        self._apply(self._lr * factor)
+
+    def _apply(self, lr: float) -> None:
+        assert self._optimizer is not None
+        for group, share in zip(self._optimizer.param_groups, self._shares, strict=True):
+            set_lr(group, lr * share)
+
+    def _reject(self, reason: str) -> None:
+        self._rejected += 1
+        if not self._warned:
+            self._warned = True
+            rank_zero_warn(f"LanczosLRLearner: {reason}; rate and momentum stay as they are. Said once.")
+
+    # --- state -----------------------------------------------------------------------------------------------------
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "schedule": self._schedule.state_dict(),
+            "lr": self._lr,
+            "shares": list(self._shares),
+            "products": self._products,
+            "rejected": self._rejected,
+            "warned": self._warned,
+            "curves": {name: curve.state_dict() for name, curve in self._curves.items()},
+            "ritz_values": list(self._spectrum[0]),
+            "weights": list(self._spectrum[1]),
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._schedule.load_state_dict(state_dict["schedule"])
+        self._lr, self._shares = state_dict["lr"], list(state_dict["shares"])
+        self._products, self._rejected = state_dict["products"], state_dict["rejected"]
+        self._warned = state_dict["warned"]
+        self._curves = {name: Curve.from_state_dict(curve) for name, curve in state_dict["curves"].items()}
+        self._spectrum = list(state_dict["ritz_values"]), list(state_dict["weights"])
+
+    # --- pictures --------------------------------------------------------------------------------------------------
+
+    def report_panels(self) -> list[Panel]:
+        """Rate and momentum over the run, and the last spectrum, for :class:`RunReport`."""
+        if "lr" not in self._curves:
+            return []
+        points = {name: curve.points() for name, curve in self._curves.items()}
+        return [
+            Panel("Learned rate", functools.partial(_draw_rate, points)),
+            Panel("Learned momentum", functools.partial(_draw_momentum, points)),
+            Panel("Ritz values at the last refresh", functools.partial(_draw_spectrum, *self._spectrum)),
+        ]
+
+
+def _check_optimizer(optimizer: Optimizer, rule: Rule) -> None:
+    if isinstance(optimizer, ADAM_FAMILY):
+        return
+    name = type(optimizer).__name__
+    if not isinstance(optimizer, torch.optim.SGD):
+        raise MisconfigurationException(
+            f"LanczosLRLearner knows what curvature means for torch's SGD, Adam, AdamW and NAdam, not for {name}."
+        )
+    if any(group["dampening"] for group in optimizer.param_groups):
+        raise MisconfigurationException("LanczosLRLearner computes rates for SGD with dampening=0.")
+    if rule == "nesterov" and not all(group["nesterov"] for group in optimizer.param_groups):
+        rank_zero_warn("LanczosLRLearner(rule='nesterov') is for SGD(nesterov=True); it goes on with the heavy ball.")
+
+
+def _preconditioned(hessian: CurvatureOperator, optimizer: Optimizer) -> CurvatureOperator | None:
+    """The curvature in the metric of Adam's second moments; None before its first step."""
+    diagonals: dict[int, Tensor] = {}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            state = optimizer.state.get(p, {})
+            if "exp_avg_sq" in state:
+                moment = state.get("max_exp_avg_sq", state["exp_avg_sq"])
+                corrected = moment / (1 - group["betas"][1] ** float(state["step"]))
+                diagonals[id(p)] = corrected.sqrt().add_(group["eps"])
+    if not diagonals:
+        return None
+    return PreconditionedOperator(
+        hessian, hessian.flatten([diagonals.get(id(p), torch.ones_like(p)) for p in hessian.params])
+    )
+
+
+def _now(device: torch.device) -> float:
+    """The time at which the device has done all that was asked."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)
+    return time.perf_counter()
+
+
+def _draw_rate(points: dict[str, tuple[list[float], list[float]]], axes: "Axes") -> None:
+    axes.plot(*points["limit"], color=COLORS[1], linewidth=1.2, linestyle="--", label="largest stable")
+    axes.plot(*points["lr"], color=COLORS[0], linewidth=1.6, label="learned")
+    if "guards" in points:
+        axes.plot(*points["guards"], "o", color=COLORS[4], markersize=3.5, label="a guard acted")
+    axes.set(xlabel="step", yscale="log")
+    axes.legend(frameon=False)
+
+
+def _draw_momentum(points: dict[str, tuple[list[float], list[float]]], axes: "Axes") -> None:
+    axes.plot(*points["momentum"], color=COLORS[0], linewidth=1.6)
+    axes.set(xlabel="step", ylim=(0, 1))
+
+
+def _draw_spectrum(values: list[float], weights: list[float], axes: "Axes") -> None:
+    axes.stem(values, weights, linefmt=COLORS[0], markerfmt="o", basefmt=" ")
+    axes.set(xlabel="Ritz value", ylabel="weight", yscale="log")

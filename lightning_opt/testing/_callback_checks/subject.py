@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_opt import registry
+from lightning_opt.callbacks._ownership import possessions
 from lightning_opt.data import ResumableLoader
 
 from ..contract import ContractError, NotApplicable, require
@@ -130,6 +131,7 @@ class Problem(pl.LightningModule):
         self.plain, self.groups, self.fail_at = plain, groups, fail_at
         self.error = RuntimeError("planted by the check")
         self.automatic_optimization = not manual
+        self.scheduled = True  # unless a callback sets the rate
         self.batches = 0
         self.made: list[torch.optim.Optimizer] = []
 
@@ -161,7 +163,7 @@ class Problem(pl.LightningModule):
         return self.net(batch[0])
 
     def configure_optimizers(self) -> Any:
-        """Adam or SGD with a schedule by step."""
+        """Adam or SGD, with a schedule by step."""
         named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [{"params": [p for _, p in named]}]
         if self.groups:
@@ -171,6 +173,8 @@ class Problem(pl.LightningModule):
             ]
         optimizer = torch.optim.SGD(groups, lr=0.1) if self.plain else torch.optim.Adam(groups, lr=0.01)
         self.made = [optimizer]
+        if not self.scheduled:
+            return optimizer
         scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.95)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
@@ -243,6 +247,7 @@ def run(
         **options: For the Trainer.
     """
     module = module or Problem()
+    module.scheduled = not any("learning rate" in possessions(callback) for callback in callbacks)
     with contextlib.ExitStack() as stack:
         stack.enter_context(one_thread())
         folder = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
