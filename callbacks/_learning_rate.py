@@ -45,8 +45,3 @@ def set_lr(group: dict[str, Any], lr: float) -> None:
         group["lr"].fill_(lr)
     else:
         group["lr"] = lr
-
-
-def momentum_of(group: dict[str, Any]) -> float:
-    """The momentum of a group: that of SGD, or the first beta of Adam's family."""
-    return float(group["momentum"] if "momentum" in group else group.get("betas", (0.0,))[0])

@@ -1,7 +1,7 @@
-"""The Hessian of the training loss of the step that is about to be made."""
+"""The training loss of the step that is about to be made, to measure its curvature."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -12,15 +12,15 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_opt._lightning.probe import LossFn, check_can_probe, probing
+from lightning_opt._lightning.probe import Loss, LossFn, check_can_probe, probing
 from lightning_opt._lightning.restart import is_accumulating
-from lightning_opt.curvature import HessianOperator, mean_over_ranks, probe_mode
+from lightning_opt.curvature import mean_over_ranks, probe_mode
 
 Products = Literal["autograd", "finite_difference"]
 
 
 def check_has_curvature(trainer: pl.Trainer, pl_module: pl.LightningModule, who: str, loss_fn: LossFn | None) -> None:
-    """Refuse what :func:`loss_curvature` cannot measure; to be called in ``setup``.
+    """Refuse what :func:`module_probe` cannot measure; to be called in ``setup``.
 
     Raises:
         MisconfigurationException: As :func:`check_can_probe`; with parameters of less than 32 bits, or embeddings with
@@ -40,27 +40,24 @@ def check_has_curvature(trainer: pl.Trainer, pl_module: pl.LightningModule, who:
 
 
 @contextlib.contextmanager
-def loss_curvature(
-    trainer: pl.Trainer,
-    pl_module: pl.LightningModule,
-    parameters: Sequence[Tensor],
-    batches: Sequence[Any],
-    *,
-    loss_fn: LossFn | None = None,
-    products: Products = "autograd",
-    batch_idx: int = 0,
-) -> Iterator[HessianOperator]:
-    """Within, the operator of the mean loss of the batches, of all ranks; behind, all is as it was before.
+def module_probe(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, loss_fn: LossFn | None = None, batch_idx: int = 0
+) -> Iterator[Loss]:
+    """Within, ``loss(batch)`` is the loss that curvature is measured of; behind, all is as it was before.
 
-    Batch statistics in normalization layers, no dropout, float32 or wider. Each batch weighs the same, as in training.
+    That is the training loss with batch statistics in normalization layers and without dropout, in float32 or wider.
     """
-    reduce = mean_over_ranks if trainer.world_size > 1 and dist.is_initialized() else None
     with contextlib.ExitStack() as stack:
         loss = stack.enter_context(probing(trainer, pl_module, loss_fn, batch_idx))
         stack.enter_context(probe_mode(pl_module))
         if any(isinstance(m, nn.RNNBase) for m in pl_module.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))  # its layers differentiate once only
-        yield HessianOperator(loss, parameters, batches, method=products, reduce=reduce)
+        yield loss
+
+
+def reduction(trainer: pl.Trainer) -> Callable[[Tensor], Tensor] | None:
+    """The mean over ranks, where there are several."""
+    return mean_over_ranks if trainer.world_size > 1 and dist.is_initialized() else None
 
 
 def completes_step(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:

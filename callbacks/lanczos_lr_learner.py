@@ -15,11 +15,10 @@ from typing_extensions import override
 from lightning_opt._checks import check_choice, check_interval
 from lightning_opt._lightning.log_rows import write_row
 from lightning_opt.curvature import (
-    CurvatureOperator,
     Guards,
+    HessianOperator,
     LanczosResult,
     NonFiniteCurvatureError,
-    PreconditionedOperator,
     curvature_range,
     guarded,
     lanczos,
@@ -29,9 +28,10 @@ from lightning_opt.curvature.step_rules import RULES, LowerEnd, Rule
 from lightning_opt.registry import register
 
 from ._arguments import described_by_arguments
-from ._learning_rate import largest_lr, momentum_of, only_optimizer, scale_lr, set_lr
+from ._learning_rate import largest_lr, only_optimizer, scale_lr, set_lr
 from ._log_values import is_wanted
-from ._loss_curvature import Products, check_has_curvature, completes_step, loss_curvature, part_of
+from ._loss_curvature import Products, check_has_curvature, completes_step, module_probe, part_of, reduction
+from ._optimizer_metric import ADAM_FAMILY, heavy_ball_unit, in_metric, momentum_of
 from ._ownership import Possession, check_no_scheduler, check_sole_owner
 from ._refresh_schedule import DENSE, RefreshSchedule
 from ._report_curves import COLORS
@@ -41,7 +41,6 @@ from ._report_panel import Panel
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-ADAM_FAMILY = (torch.optim.Adam, torch.optim.NAdam)  # AdamW is an Adam
 TINY = torch.finfo(torch.float32).tiny
 NEVER = 2**62  # steps
 
@@ -334,15 +333,11 @@ class LanczosLRLearner(pl.Callback):
         assert self._optimizer is not None
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         generator = torch.Generator().manual_seed(self.seed + step)
-        measured = loss_curvature(
-            trainer, pl_module, parameters, window, loss_fn=self.loss_fn, products=self.products, batch_idx=batch_idx
-        )
-        with measured as hessian:
-            operator: CurvatureOperator | None = hessian
-            if isinstance(self._optimizer, ADAM_FAMILY):
-                operator = _preconditioned(hessian, self._optimizer)
+        with module_probe(trainer, pl_module, self.loss_fn, batch_idx) as loss:
+            hessian = HessianOperator(loss, parameters, window, method=self.products, reduce=reduction(trainer))
+            operator = in_metric(hessian, self._optimizer)
             if operator is None:
-                return None  # Adam's first step has the size of its rate, whatever the curvature is
+                return None
             try:
                 return lanczos(operator, self.num_steps, generator=generator)
             except NonFiniteCurvatureError as error:
@@ -353,9 +348,7 @@ class LanczosLRLearner(pl.Callback):
         assert self._optimizer is not None
         assert self._lr is not None
         adam = isinstance(self._optimizer, ADAM_FAMILY)
-        momentum = max(momentum_of(group) for group in self._optimizer.param_groups)
-        # a moving average with rate lr is a heavy ball with this rate
-        unit = 1 - momentum if adam else 1.0
+        momentum, unit = momentum_of(self._optimizer), heavy_ball_unit(self._optimizer)
         asked = step_rule(self.rule, sharpness, mu, paper_bug=self.paper_bug)
         guards = Guards(
             safety=self.safety or math.inf,
@@ -467,23 +460,6 @@ def _check_optimizer(optimizer: Optimizer, rule: Rule) -> None:
         raise MisconfigurationException("LanczosLRLearner computes rates for SGD with dampening=0.")
     if rule == "nesterov" and not all(group["nesterov"] for group in optimizer.param_groups):
         rank_zero_warn("LanczosLRLearner(rule='nesterov') is for SGD(nesterov=True); it goes on with the heavy ball.")
-
-
-def _preconditioned(hessian: CurvatureOperator, optimizer: Optimizer) -> CurvatureOperator | None:
-    """The curvature in the metric of Adam's second moments; None before its first step."""
-    diagonals: dict[int, Tensor] = {}
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            state = optimizer.state.get(p, {})
-            if "exp_avg_sq" in state:
-                moment = state.get("max_exp_avg_sq", state["exp_avg_sq"])
-                corrected = moment / (1 - group["betas"][1] ** float(state["step"]))
-                diagonals[id(p)] = corrected.sqrt().add_(group["eps"])
-    if not diagonals:
-        return None
-    return PreconditionedOperator(
-        hessian, hessian.flatten([diagonals.get(id(p), torch.ones_like(p)) for p in hessian.params])
-    )
 
 
 def _now(device: torch.device) -> float:

@@ -55,13 +55,14 @@ class Subject:
 
     def needs_observer(self) -> None:
         """Raise NotApplicable unless the class is registered as one that only watches."""
-        if self.entry is None or "observer" not in self.entry.capabilities:
-            raise NotApplicable(f"{self.cls.__name__} is not registered with the capability 'observer'")
+        if not self.is_observer:
+            raise NotApplicable(f"{self} is not registered with the capability 'observer', or sets something")
 
     @property
     def is_observer(self) -> bool:
-        """Whether training must be the same with and without it."""
-        return self.entry is not None and "observer" in self.entry.capabilities
+        """Whether training must be the same with and without it: so registered, and it sets nothing as it is built."""
+        observes = self.entry is not None and "observer" in self.entry.capabilities
+        return observes and not possessions(self.build())
 
     @functools.cached_property
     def outcome(self) -> "Outcome":
@@ -134,6 +135,10 @@ class Problem(pl.LightningModule):
         self.scheduled = True  # unless a callback sets the rate
         self.batches = 0
         self.made: list[torch.optim.Optimizer] = []
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Logits."""
+        return self.net(inputs)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Cross-entropy."""
