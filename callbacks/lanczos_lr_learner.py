@@ -19,6 +19,7 @@ from lightning_opt.curvature import (
     HessianOperator,
     LanczosResult,
     NonFiniteCurvatureError,
+    Step,
     curvature_range,
     guarded,
     lanczos,
@@ -78,8 +79,9 @@ class LanczosLRLearner(pl.Callback):
     stable one, the momentum and the Ritz values.
 
     Args:
-        rule: ``"nesterov"`` (for ``SGD(nesterov=True)``), ``"polyak"``, ``"gd"`` (leaves the momentum alone), or the
-            authors' ``"ssgdmn"``, which depends on the scale of the loss.
+        rule: ``"effective"``, ``"nesterov"`` (for ``SGD(nesterov=True)``), ``"polyak"``, ``"gd"`` (leaves the momentum
+            alone), or the authors' ``"ssgdmn"``, which depends on the scale of the loss; see
+            :func:`lightning_opt.curvature.step_rule`.
         mu: Lower end of the curvature: ``"median"`` or ``"min"``; see :func:`lightning_opt.curvature.curvature_range`.
         num_steps: Lanczos steps of a refresh.
         refresh_every_n_steps: Optimizer steps between refreshes.
@@ -92,7 +94,10 @@ class LanczosLRLearner(pl.Callback):
         weight_threshold: For ``mu="min"``.
         safety: The rate is at most this share of the largest stable one, :math:`2 (1 + \beta) / L`; None for no
             limit.
-        growth: The rate is at most this multiple of the one before the refresh; None for no limit.
+        initial: Share of the rule's rate that is taken at the first refresh, since a network is flat where it begins
+            and soon is not. The rate that the optimizer was given then does not matter. None starts from that rate.
+        growth: The effective rate, rate / (1 - momentum), at most grows by this factor while the number of steps
+            doubles; None for no limit.
         momentum_max: Largest momentum; None for no limit.
         lr_min: Smallest rate.
         lr_max: Largest rate; None for no limit.
@@ -127,7 +132,7 @@ class LanczosLRLearner(pl.Callback):
     def __init__(
         self,
         *,
-        rule: Rule = "nesterov",
+        rule: Rule = "effective",
         mu: LowerEnd = "median",
         num_steps: int = 10,
         refresh_every_n_steps: int | None = None,
@@ -137,6 +142,7 @@ class LanczosLRLearner(pl.Callback):
         products: Products = "autograd",
         weight_threshold: float = 0.5,
         safety: float | None = 1.0,
+        initial: float | None = 0.1,
         growth: float | None = 2.0,
         momentum_max: float | None = 0.99,
         lr_min: float = 0.0,
@@ -163,6 +169,8 @@ class LanczosLRLearner(pl.Callback):
         check_interval("weight_threshold", weight_threshold, 0, 1)
         if safety is not None:
             check_interval("safety", safety, 0, closed="()")
+        if initial is not None:
+            check_interval("initial", initial, 0, 1, closed="(]")
         if growth is not None:
             check_interval("growth", growth, 1, closed="()")
         if momentum_max is not None:
@@ -183,6 +191,7 @@ class LanczosLRLearner(pl.Callback):
         self.products = products
         self.weight_threshold = weight_threshold
         self.safety = safety
+        self.initial = initial
         self.growth = growth
         self.momentum_max = momentum_max
         self.lr_min = lr_min
@@ -199,6 +208,7 @@ class LanczosLRLearner(pl.Callback):
         self._schedule = RefreshSchedule(interval, self.max_overhead)
         self._optimizer: Optimizer | None = None
         self._lr: float | None = None  # learned so far, before decay
+        self._learned_at: int | None = None  # step
         self._shares: list[float] = []  # of it, by group
         self._steps = math.inf  # of the whole run
         self._window: list[Any] = []  # micro-batches of the step that is refreshed at
@@ -228,6 +238,7 @@ class LanczosLRLearner(pl.Callback):
             refresh_every_n_epochs=1,
             curvature_samples=32,
             safety=None,
+            initial=None,
             growth=None,
             momentum_max=None,
         )
@@ -350,16 +361,21 @@ class LanczosLRLearner(pl.Callback):
         adam = isinstance(self._optimizer, ADAM_FAMILY)
         momentum, unit = momentum_of(self._optimizer), heavy_ball_unit(self._optimizer)
         asked = step_rule(self.rule, sharpness, mu, paper_bug=self.paper_bug)
+        previous: Step | None = Step(self._lr * unit, momentum)
+        if self._learned_at is None and self.initial is not None:
+            previous = None
+            asked = asked._replace(lr=self.initial * asked.lr)
         guards = Guards(
             safety=self.safety or math.inf,
-            growth=self.growth or math.inf,
+            growth=math.inf if self.growth is None else self.growth ** self._doublings(step),
             momentum_max=1.0 if self.momentum_max is None else self.momentum_max,
             lr_min=self.lr_min * unit,
             lr_max=math.inf if self.lr_max is None else self.lr_max * unit,
         )
         if adam:
             asked = asked._replace(momentum=None)
-        taken = guarded(asked, sharpness, self._lr * unit, momentum, guards)
+        taken = guarded(asked, sharpness, previous, momentum, guards)
+        self._learned_at = step
         self._set(trainer, taken.lr / unit, taken.momentum)
         if taken.momentum is not None:
             momentum = taken.momentum
@@ -380,6 +396,12 @@ class LanczosLRLearner(pl.Callback):
         if taken.guards:
             self._curves.setdefault("guards", Curve()).add(step, self._lr)
         self._spectrum = (result.ritz_values.tolist(), result.weights.tolist())
+
+    def _doublings(self, step: int) -> float:
+        """How often the number of steps doubled since the last time that something was learned, at least once."""
+        if self._learned_at is None:
+            return 1.0
+        return math.log2((step + 1) / (self._learned_at + 1))
 
     def _set(self, trainer: pl.Trainer, lr: float, momentum: float | None) -> None:
         assert self._optimizer is not None
@@ -416,6 +438,7 @@ class LanczosLRLearner(pl.Callback):
         return {
             "schedule": self._schedule.state_dict(),
             "lr": self._lr,
+            "learned_at": self._learned_at,
             "shares": list(self._shares),
             "products": self._products,
             "rejected": self._rejected,
@@ -429,6 +452,7 @@ class LanczosLRLearner(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._schedule.load_state_dict(state_dict["schedule"])
         self._lr, self._shares = state_dict["lr"], list(state_dict["shares"])
+        self._learned_at = state_dict["learned_at"]
         self._products, self._rejected = state_dict["products"], state_dict["rejected"]
         self._warned = state_dict["warned"]
         self._curves = {name: Curve.from_state_dict(curve) for name, curve in state_dict["curves"].items()}

@@ -166,6 +166,12 @@ class StabilityBooster(pl.Callback):
             check_no_scheduler(trainer, self)
 
     @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        device = pl_module.device  # a loaded state is on the CPU
+        self._losses = None if self._losses is None else self._losses.to(device)
+        self._of_step = None if self._of_step is None else self._of_step.to(device)
+
+    @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:

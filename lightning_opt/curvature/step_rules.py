@@ -6,9 +6,11 @@ from torch import Tensor
 
 from lightning_opt._checks import check_choice, check_interval
 
-Rule = Literal["nesterov", "polyak", "ssgdmn", "gd"]
+Rule = Literal["effective", "nesterov", "polyak", "ssgdmn", "gd"]
 LowerEnd = Literal["median", "min"]
-RULES: tuple[Rule, ...] = ("nesterov", "polyak", "ssgdmn", "gd")
+RULES: tuple[Rule, ...] = ("effective", "nesterov", "polyak", "ssgdmn", "gd")
+EFFECTIVE = 3.0
+"""Rate / (1 - momentum) times the sharpness, of the rule of that name."""
 MU_FLOOR = 1e-8
 """The smallest condition that is believed, as a share of the sharpness."""
 
@@ -32,7 +34,7 @@ class Guards(NamedTuple):
 
     Attributes:
         safety: The rate is at most this share of the largest stable one, 2 (1 + momentum) / L.
-        growth: The rate is at most this multiple of the one before.
+        growth: The effective rate, rate / (1 - momentum), is at most this multiple of the one before.
         momentum_max: Largest momentum.
         lr_min: Smallest rate.
         lr_max: Largest rate.
@@ -95,6 +97,7 @@ def step_rule(rule: Rule, sharpness: float, mu: float, *, paper_bug: bool = Fals
     ========== ============================================= ========================================================
     rule       rate                                          momentum
     ========== ============================================= ========================================================
+    effective  :math:`3 (1 - \beta) / L`                      :math:`\beta` as nesterov
     nesterov   :math:`1 / L`                                 :math:`(\sqrt L - \sqrt\mu) / (\sqrt L + \sqrt\mu)`
     polyak     :math:`(2 / (\sqrt L + \sqrt\mu))^2`          :math:`((\sqrt L - \sqrt\mu) / (\sqrt L + \sqrt\mu))^2`
     ssgdmn     :math:`\sqrt{\mu / L}`                        as nesterov
@@ -102,8 +105,9 @@ def step_rule(rule: Rule, sharpness: float, mu: float, *, paper_bug: bool = Fals
     ========== ============================================= ========================================================
 
     All but ``ssgdmn`` (which the authors ran) are scale-equivariant: a loss multiplied by c divides the rate by c and
-    changes nothing else. For ``ssgdmn`` the effective rate, rate / (1 - momentum) = (1 + sqrt(mu / L)) / 2, lies in
-    (0.5, 1] whatever the loss.
+    changes nothing else. ``effective`` is ours: what a gradient moves the weights in all, rate / (1 - momentum), is
+    the same share of 1 / L whatever the momentum, which the textbook rules, made for exact gradients, multiply. For
+    ``ssgdmn`` the effective rate is (1 + sqrt(mu / L)) / 2, in (0.5, 1], whatever the loss.
 
     Args:
         rule: Which.
@@ -126,6 +130,8 @@ def step_rule(rule: Rule, sharpness: float, mu: float, *, paper_bug: bool = Fals
     check_interval("mu", mu, 0, sharpness)
     high, low = math.sqrt(sharpness), math.sqrt(mu)
     contraction = (high - low) / (high + low)
+    if rule == "effective":
+        return Step(EFFECTIVE * (1 - contraction) / sharpness, contraction)
     if rule == "nesterov":
         return Step(1 / sharpness, contraction)
     if rule == "polyak":
@@ -137,14 +143,14 @@ def step_rule(rule: Rule, sharpness: float, mu: float, *, paper_bug: bool = Fals
 
 
 def guarded(
-    step: Step, sharpness: float, previous_lr: float, momentum: float = 0.0, guards: Guards | None = None
+    step: Step, sharpness: float, previous: Step | None = None, momentum: float = 0.0, guards: Guards | None = None
 ) -> Step:
     """Keep what a rule asks for within limits.
 
     Args:
         step: What the rule asks for.
         sharpness: L, which it was computed from.
-        previous_lr: The rate so far.
+        previous: Rate and momentum so far; None for no limit of growth.
         momentum: That of the optimizer, where the rule leaves it alone.
         guards: The limits.
 
@@ -153,8 +159,8 @@ def guarded(
         ``"lr_max"`` acted.
 
     Example:
-        >>> guarded(Step(4.0, 0.9), sharpness=0.25, previous_lr=0.1)
-        Step(lr=0.2, momentum=0.9, guards=('growth',))
+        >>> guarded(Step(4.0, 0.5), sharpness=0.25, previous=Step(0.1, 0.5))
+        Step(lr=0.2, momentum=0.5, guards=('growth',))
     """
     guards = guards or Guards()
     lr, acted = step.lr, []
@@ -162,9 +168,13 @@ def guarded(
         momentum = min(step.momentum, guards.momentum_max)
         if momentum < step.momentum:
             acted.append("momentum")
+    growth = math.inf
+    if previous is not None and guards.growth < math.inf:
+        before = momentum if previous.momentum is None else previous.momentum
+        growth = guards.growth * previous.lr * (1 - momentum) / (1 - before)
     limits = [
         ("stability", min, guards.safety * 2 * (1 + momentum) / sharpness),
-        ("growth", min, guards.growth * previous_lr),
+        ("growth", min, growth),
         ("lr_min", max, guards.lr_min),
         ("lr_max", min, guards.lr_max),
     ]

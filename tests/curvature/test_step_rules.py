@@ -30,8 +30,15 @@ def test_nesterov_is_the_textbook_rule():
     assert step_rule("nesterov", 16.0, 1.0) == Step(1 / 16, 3 / 5)
 
 
+def test_the_effective_rate_of_our_rule_is_a_share_of_the_sharpness():
+    for mu in (0.0, 0.5, 16.0):
+        lr, momentum, _ = step_rule("effective", 16.0, mu)
+        assert momentum == step_rule("nesterov", 16.0, mu).momentum
+        assert lr == pytest.approx(3 / 16 * (1 - momentum))
+
+
 def test_rules_are_scale_equivariant_except_the_authors():
-    for rule in ("nesterov", "polyak", "gd"):
+    for rule in ("effective", "nesterov", "polyak", "gd"):
         small, large = step_rule(rule, 3.0, 0.2), step_rule(rule, 30.0, 2.0)
         assert small.lr == pytest.approx(10 * large.lr, rel=1e-14)
         assert small.momentum == pytest.approx(large.momentum, rel=1e-14) if small.momentum else rule == "gd"
@@ -62,16 +69,17 @@ def test_curvature_range():
 @pytest.mark.parametrize(
     ("step", "guards", "expected"),
     [
-        (Step(0.1, 0.9), Guards(), Step(0.1, 0.9)),
-        (Step(9.0, 0.999), Guards(growth=1e3), Step(3.98, 0.99, ("momentum", "stability"))),
+        (Step(0.07, 0.9), Guards(), Step(0.07, 0.9)),
+        (Step(9.0, 0.999), Guards(growth=1e4), Step(3.98, 0.99, ("momentum", "stability"))),
         (Step(9.0, 0.5), Guards(), Step(0.4, 0.5, ("stability", "growth"))),
+        (Step(1.0, 0.75), Guards(), Step(0.2, 0.75, ("growth",))),  # 0.2 / 0.25 is twice 0.2 / 0.5
         (Step(1e-9, 0.5), Guards(lr_min=1e-8), Step(1e-8, 0.5, ("lr_min",))),
         (Step(0.3, None), Guards(lr_max=0.1), Step(0.1, None, ("lr_max",))),
         (Step(9.0, None), Guards(safety=0.5, growth=1e3), Step(1.5, None, ("stability",))),  # 0.5 * 2 * (1 + 0.5)
     ],
 )
 def test_guards(step, guards, expected):
-    result = guarded(step, sharpness=1.0, previous_lr=0.2, momentum=0.5, guards=guards)
+    result = guarded(step, sharpness=1.0, previous=Step(0.2, 0.5), momentum=0.5, guards=guards)
     assert result.lr == pytest.approx(expected.lr)
     assert result[1:] == expected[1:]
 
