@@ -6,6 +6,7 @@ from . import data as data
 from . import models as models
 from . import optim as optim
 from . import registry as registry
+from . import schedules as schedules
 from . import testing as testing
 from . import triton_kernels as triton_kernels
 

@@ -1,6 +1,6 @@
 """The data of an operator: micro-batches and what each of them weighs."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -54,7 +54,28 @@ class MicroBatches:
     def __len__(self) -> int:
         return len(self._weights)
 
-    def __iter__(self) -> Iterator[tuple[int, Any, float]]:
-        """Index, micro-batch and weight of each."""
+    def weighted_sum(self, function: Callable[[int, Any], Tensor]) -> Tensor:
+        """The weighted sum of a function of the number of a micro-batch and the micro-batch."""
+        total: Tensor | None = None
         for index, weight in enumerate(self._weights):
-            yield index, self._batches[index], weight
+            part = function(index, self._batches[index])
+            if total is None:
+                total = part if weight == 1 else part.mul_(weight)
+            else:
+                total.add_(part, alpha=weight)
+        assert total is not None
+        return total
+
+
+def scalar_loss(loss: Any) -> Tensor:
+    """The loss, if it is a scalar with a gradient.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss must return a scalar tensor, got {shape}")
+    if not loss.requires_grad:
+        raise ValueError("loss must depend on params, got a tensor without a gradient: was it detached?")
+    return loss

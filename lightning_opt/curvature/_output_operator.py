@@ -11,8 +11,8 @@ from typing_extensions import override
 
 from lightning_opt._checks import check_choice
 
-from ._context import product_context, seed_all
-from ._errors import differentiating_twice
+from ._context import forward_context, product_context
+from ._errors import check_twice_differentiable, differentiating_twice
 from ._finite_difference import central_difference
 from ._micro_batches import MicroBatches
 from ._retained import Retained
@@ -45,6 +45,7 @@ class OutputOperator(CurvatureOperator):
         self.method = method
         self.seed = seed
         self._batches = MicroBatches(batches, weights, reduce, self.device)
+        self.checked = False
         self._retained: Retained[_Linearized] = Retained(self.params, retain_graph and len(self._batches) == 1)
 
     @abstractmethod
@@ -55,18 +56,20 @@ class OutputOperator(CurvatureOperator):
     def multiply(self, vectors: Tensor) -> Tensor:
         twice = self.method == "autograd"
         with product_context(self.device, twice=twice), differentiating_twice():
-            total = torch.zeros_like(vectors)
-            for index, batch, weight in self._batches:
-                linear = self._retained.get(partial(_Linearized, self, index, batch))
-                for number, vector in enumerate(vectors):
-                    keep = self._retained.keep or number < len(vectors) - 1
-                    total[number].add_(linear.product(vector, keep), alpha=weight)
-            return total
+            return self._batches.weighted_sum(partial(self._batch_product, vectors))
+
+    def _batch_product(self, vectors: Tensor, index: int, batch: Any) -> Tensor:
+        linear = self._retained.get(partial(_Linearized, self, index, batch))
+        products = []
+        for number, vector in enumerate(vectors):
+            keep = self._retained.keep or number < len(vectors) - 1
+            products.append(linear.product(vector, keep))
+        return torch.stack(products)
 
     def evaluate(self, index: int, batch: Any) -> tuple[Tensor, Any]:
         """Outputs and targets of a micro-batch, its random layers seeded."""
-        seed_all(self.device, self.seed + index)
-        result = self.forward(batch)
+        with forward_context(self.device, self.seed + index):
+            result = self.forward(batch)
         if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], Tensor):
             raise ValueError("forward must return (outputs, targets) with a tensor of outputs")
         return result
@@ -86,6 +89,9 @@ class _Linearized:
             # J^T u is linear in u, and its derivative along v is J v
             self.u = torch.zeros_like(self.outputs, requires_grad=True)
             pulled = torch.autograd.grad(self.outputs, operator.params, self.u, create_graph=True, allow_unused=True)
+            if not operator.checked:
+                check_twice_differentiable(pulled)
+                operator.checked = True
             self.rows = [i for i, g in enumerate(pulled) if g is not None and g.requires_grad]
             self.pulled = [pulled[i] for i in self.rows]
 
@@ -102,6 +108,8 @@ class _Linearized:
             with torch.no_grad():
                 outputs = central_difference(operator, lambda: operator.evaluate(self.index, self.batch)[0], vector)
             return outputs.to(self.outputs.dtype)
+        if not self.pulled:  # the outputs depend on other parameters only
+            return torch.zeros_like(self.outputs)
         parts = operator.unflatten(vector)
         along = [parts[i].to(g.dtype) for i, g in zip(self.rows, self.pulled, strict=True)]
         (tangent,) = torch.autograd.grad(self.pulled, self.u, along, retain_graph=True)

