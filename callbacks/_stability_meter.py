@@ -46,7 +46,7 @@ class StabilityMeter:
 
     def let_go(self) -> None:
         """Drop the micro-batches at hand."""
-        self._window: list[Any] = []
+        self.window: list[Any] = []
 
     def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule, who: str) -> None:
         """Refuse what cannot be measured.
@@ -70,10 +70,10 @@ class StabilityMeter:
 
         None where there is none: more micro-batches to come, Adam's first step, or a curvature that is not finite.
         """
-        self._window.append(batch)
+        self.window.append(batch)
         if not completes_step(trainer, pl_module):
             return None
-        window, self._window = self._window, []
+        window, self.window = self.window, []
         try:
             reading = read_stability(trainer, pl_module, optimizer, window, self.settings, batch_idx)
         except NonFiniteCurvatureError as error:

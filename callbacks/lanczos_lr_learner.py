@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -38,6 +39,7 @@ from ._refresh_schedule import DENSE, RefreshSchedule
 from ._report_curves import COLORS
 from ._report_history import Curve
 from ._report_panel import Panel
+from ._window import load_window, save_window
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,9 +81,10 @@ class LanczosLRLearner(pl.Callback):
     stable one, the momentum and the Ritz values.
 
     Args:
-        rule: ``"effective"``, ``"nesterov"`` (for ``SGD(nesterov=True)``), ``"polyak"``, ``"gd"`` (leaves the momentum
-            alone), or the authors' ``"ssgdmn"``, which depends on the scale of the loss; see
-            :func:`lightning_opt.curvature.step_rule`.
+        rule: ``"effective"``, which takes for :math:`L` the larger of the last two sharpnesses, since that of one
+            batch is noisy and vanishes where the batch is fitted; ``"nesterov"`` (for ``SGD(nesterov=True)``);
+            ``"polyak"``; ``"gd"`` (leaves the momentum alone); or the authors' ``"ssgdmn"``, which depends on the scale
+            of the loss. See :func:`lightning_opt.curvature.step_rule`.
         mu: Lower end of the curvature: ``"median"`` or ``"min"``; see :func:`lightning_opt.curvature.curvature_range`.
         num_steps: Lanczos steps of a refresh.
         refresh_every_n_steps: Optimizer steps between refreshes.
@@ -209,6 +212,7 @@ class LanczosLRLearner(pl.Callback):
         self._optimizer: Optimizer | None = None
         self._lr: float | None = None  # learned so far, before decay
         self._learned_at: int | None = None  # step
+        self._sharpness: float | None = None  # then
         self._shares: list[float] = []  # of it, by group
         self._steps = math.inf  # of the whole run
         self._window: list[Any] = []  # micro-batches of the step that is refreshed at
@@ -328,6 +332,7 @@ class LanczosLRLearner(pl.Callback):
             sharpness, mu = curvature_range(result.ritz_values, result.weights, self.mu, self.weight_threshold)
             if sharpness > TINY:
                 self._learn(trainer, step, result, sharpness, mu)
+                self._sharpness = sharpness
             else:
                 self._reject(f"the curvature of the loss is zero at step {step}")
         schedule = self._schedule
@@ -360,7 +365,10 @@ class LanczosLRLearner(pl.Callback):
         assert self._lr is not None
         adam = isinstance(self._optimizer, ADAM_FAMILY)
         momentum, unit = momentum_of(self._optimizer), heavy_ball_unit(self._optimizer)
-        asked = step_rule(self.rule, sharpness, mu, paper_bug=self.paper_bug)
+        fixed = momentum if adam else None
+        if self.rule == "effective" and self._sharpness is not None:
+            sharpness = max(sharpness, self._sharpness)
+        asked = step_rule(self.rule, sharpness, mu, fixed_momentum=fixed, paper_bug=self.paper_bug)
         previous: Step | None = Step(self._lr * unit, momentum)
         if self._learned_at is None and self.initial is not None:
             previous = None
@@ -372,8 +380,6 @@ class LanczosLRLearner(pl.Callback):
             lr_min=self.lr_min * unit,
             lr_max=math.inf if self.lr_max is None else self.lr_max * unit,
         )
-        if adam:
-            asked = asked._replace(momentum=None)
         taken = guarded(asked, sharpness, previous, momentum, guards)
         self._learned_at = step
         self._set(trainer, taken.lr / unit, taken.momentum)
@@ -439,6 +445,7 @@ class LanczosLRLearner(pl.Callback):
             "schedule": self._schedule.state_dict(),
             "lr": self._lr,
             "learned_at": self._learned_at,
+            "sharpness": self._sharpness,
             "shares": list(self._shares),
             "products": self._products,
             "rejected": self._rejected,
@@ -449,10 +456,23 @@ class LanczosLRLearner(pl.Callback):
         }
 
     @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        save_window(trainer, self, checkpoint, self._window)
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._window = load_window(trainer, self, checkpoint)
+
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._schedule.load_state_dict(state_dict["schedule"])
         self._lr, self._shares = state_dict["lr"], list(state_dict["shares"])
-        self._learned_at = state_dict["learned_at"]
+        self._learned_at, self._sharpness = state_dict["learned_at"], state_dict["sharpness"]
         self._products, self._rejected = state_dict["products"], state_dict["rejected"]
         self._warned = state_dict["warned"]
         self._curves = {name: Curve.from_state_dict(curve) for name, curve in state_dict["curves"].items()}

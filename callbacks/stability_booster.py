@@ -3,6 +3,7 @@ from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
@@ -20,6 +21,7 @@ from ._ownership import Possession, check_no_scheduler, check_sole_owner
 from ._report_panel import Panel
 from ._stability_meter import StabilityMeter
 from ._stability_reading import Settings, Trace
+from ._window import load_window, save_window
 
 
 @register(
@@ -235,6 +237,19 @@ class StabilityBooster(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         losses = {"losses": self._losses, "of_step": self._of_step, "previous": self._previous}
         return {"meter": self._meter.state_dict(), **losses}
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        save_window(trainer, self, checkpoint, self._meter.window)
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._meter.window = load_window(trainer, self, checkpoint)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

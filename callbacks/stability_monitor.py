@@ -2,6 +2,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -19,6 +20,7 @@ from ._ownership import Possession, check_no_scheduler, check_sole_owner
 from ._report_panel import Panel
 from ._stability_meter import StabilityMeter
 from ._stability_reading import Reading, Settings, Trace
+from ._window import load_window, save_window
 
 
 @register(
@@ -228,6 +230,19 @@ class StabilityMonitor(pl.Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         return {"meter": self._meter.state_dict(), "violations": self._violations, "warned": self._warned}
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        save_window(trainer, self, checkpoint, self._meter.window)
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._meter.window = load_window(trainer, self, checkpoint)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

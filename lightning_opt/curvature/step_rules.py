@@ -9,8 +9,10 @@ from lightning_opt._checks import check_choice, check_interval
 Rule = Literal["effective", "nesterov", "polyak", "ssgdmn", "gd"]
 LowerEnd = Literal["median", "min"]
 RULES: tuple[Rule, ...] = ("effective", "nesterov", "polyak", "ssgdmn", "gd")
-EFFECTIVE = 3.0
-"""Rate / (1 - momentum) times the sharpness, of the rule of that name."""
+EFFECTIVE = 4.0
+"""Rate / (1 - momentum) times the sharpness, of the rule "effective"."""
+LEAST_MOMENTUM = 0.8
+"""Of the rule "effective": with less, its rate would come near the largest stable one."""
 MU_FLOOR = 1e-8
 """The smallest condition that is believed, as a share of the sharpness."""
 
@@ -91,13 +93,15 @@ def curvature_range(
     return largest, max(smallest, MU_FLOOR * largest)
 
 
-def step_rule(rule: Rule, sharpness: float, mu: float, *, paper_bug: bool = False) -> Step:
+def step_rule(
+    rule: Rule, sharpness: float, mu: float, *, fixed_momentum: float | None = None, paper_bug: bool = False
+) -> Step:
     r"""Learning rate and momentum for curvature between :math:`\mu` and :math:`L`.
 
     ========== ============================================= ========================================================
     rule       rate                                          momentum
     ========== ============================================= ========================================================
-    effective  :math:`3 (1 - \beta) / L`                      :math:`\beta` as nesterov
+    effective  :math:`4 (1 - \beta) / L`                      :math:`\beta` as nesterov, at least 0.8
     nesterov   :math:`1 / L`                                 :math:`(\sqrt L - \sqrt\mu) / (\sqrt L + \sqrt\mu)`
     polyak     :math:`(2 / (\sqrt L + \sqrt\mu))^2`          :math:`((\sqrt L - \sqrt\mu) / (\sqrt L + \sqrt\mu))^2`
     ssgdmn     :math:`\sqrt{\mu / L}`                        as nesterov
@@ -113,6 +117,7 @@ def step_rule(rule: Rule, sharpness: float, mu: float, *, paper_bug: bool = Fals
         rule: Which.
         sharpness: :math:`L`, positive.
         mu: :math:`\mu`, in [0, L].
+        fixed_momentum: That of an optimizer whose momentum is to be left alone.
         paper_bug: Divide the momentum's root of ``polyak`` by :math:`\sqrt L + \mu`, as the authors' script does.
 
     Raises:
@@ -130,16 +135,20 @@ def step_rule(rule: Rule, sharpness: float, mu: float, *, paper_bug: bool = Fals
     check_interval("mu", mu, 0, sharpness)
     high, low = math.sqrt(sharpness), math.sqrt(mu)
     contraction = (high - low) / (high + low)
+    momentum: float | None = contraction
     if rule == "effective":
-        return Step(EFFECTIVE * (1 - contraction) / sharpness, contraction)
-    if rule == "nesterov":
-        return Step(1 / sharpness, contraction)
-    if rule == "polyak":
+        momentum = max(contraction, LEAST_MOMENTUM) if fixed_momentum is None else fixed_momentum
+        lr = EFFECTIVE * (1 - momentum) / sharpness
+    elif rule == "nesterov":
+        lr = 1 / sharpness
+    elif rule == "polyak":
+        lr = (2 / (high + low)) ** 2
         momentum = ((high - low) / (high + mu) if paper_bug else contraction) ** 2
-        return Step((2 / (high + low)) ** 2, momentum)
-    if rule == "ssgdmn":
-        return Step(low / high, contraction)
-    return Step(2 / (sharpness + mu), None)
+    elif rule == "ssgdmn":
+        lr = low / high
+    else:
+        lr, momentum = 2 / (sharpness + mu), None
+    return Step(lr, momentum if fixed_momentum is None else None)
 
 
 def guarded(

@@ -33,8 +33,11 @@ def test_nesterov_is_the_textbook_rule():
 def test_the_effective_rate_of_our_rule_is_a_share_of_the_sharpness():
     for mu in (0.0, 0.5, 16.0):
         lr, momentum, _ = step_rule("effective", 16.0, mu)
-        assert momentum == step_rule("nesterov", 16.0, mu).momentum
-        assert lr == pytest.approx(3 / 16 * (1 - momentum))
+        assert momentum == max(0.8, step_rule("nesterov", 16.0, mu).momentum)
+        assert lr == pytest.approx(4 / 16 * (1 - momentum))
+        assert lr <= 0.25 * 2 * (1 + momentum) / 16  # far from the edge
+    assert step_rule("effective", 16.0, 0.5, fixed_momentum=0.9) == Step(pytest.approx(4 / 16 * 0.1), None)
+    assert step_rule("polyak", 16.0, 4.0, fixed_momentum=0.9) == Step((2 / 6) ** 2, None)
 
 
 def test_rules_are_scale_equivariant_except_the_authors():
