@@ -42,7 +42,7 @@ class Settings:
     lambda_max_steps: int
     products: Products
     batch_size: int | None
-    dataset_size: int | Literal["auto"] | None
+    dataset_size: int | Literal["auto", "infinite"]
     mse_factor: float
     loss_fn: LossFn | None
     forward_fn: ForwardFn | None
@@ -57,7 +57,9 @@ class Settings:
         check_choice("products", self.products, get_args(Products))
         if self.batch_size is not None:
             check_interval("batch_size", self.batch_size, 1)
-        if self.dataset_size not in ("auto", None):
+        if isinstance(self.dataset_size, str):
+            check_choice("dataset_size", self.dataset_size, ("auto", "infinite"))
+        else:
             check_interval("dataset_size", self.dataset_size, 1)
         check_interval("mse_factor", self.mse_factor, 0, closed="()")
         check_interval("seed", self.seed, 0)
@@ -121,7 +123,7 @@ def read_stability(
         lr=largest_lr(optimizer) * unit,
         batch_size=settings.batch_size or _samples(trainer, pl_module, window),
         momentum=momentum_of(optimizer),
-        dataset_size=_dataset_size(trainer) if settings.dataset_size == "auto" else settings.dataset_size,
+        dataset_size=_dataset_size(trainer, settings.dataset_size),
         trace_stderr=stderr,
     )
     return Reading(reading, ritz.residuals[-1].item(), unit, by_parameter)
@@ -254,7 +256,9 @@ def _samples(trainer: pl.Trainer, pl_module: pl.LightningModule, window: Sequenc
     return count.item() if reduce is None else reduce(count).item() * trainer.world_size
 
 
-def _dataset_size(trainer: pl.Trainer) -> int | None:
-    """Samples of an epoch, if the loader tells."""
+def _dataset_size(trainer: pl.Trainer, given: int | str) -> int | None:
+    """Samples of an epoch; None if the loader does not tell, or samples are drawn independently."""
+    if isinstance(given, int):
+        return given
     dataset = getattr(trainer.train_dataloader, "dataset", None)
-    return len(dataset) if isinstance(dataset, Sized) else None
+    return len(dataset) if given == "auto" and isinstance(dataset, Sized) else None

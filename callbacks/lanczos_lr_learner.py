@@ -95,13 +95,13 @@ class LanczosLRLearner(pl.Callback):
             which is larger.
         products: ``"autograd"``, or ``"finite_difference"`` for losses that cannot be differentiated twice.
         weight_threshold: For ``mu="min"``.
-        safety: The rate is at most this share of the largest stable one, :math:`2 (1 + \beta) / L`; None for no
-            limit.
-        initial: Share of the rule's rate that is taken at the first refresh, since a network is flat where it begins
-            and soon is not. The rate that the optimizer was given then does not matter. None starts from that rate.
+        safety: The rate is at most this share of the largest stable one, :math:`2 (1 + \beta) / L`; inf for no limit.
+        start: ``"curvature"``: the first refresh takes the share ``initial`` of the rule's rate, and the rate that the
+            optimizer was given does not matter. ``"optimizer"``: growth begins at that rate.
+        initial: See ``start``. A network is flat where it begins, and soon is not.
         growth: The effective rate, rate / (1 - momentum), at most grows by this factor while the number of steps
-            doubles; None for no limit.
-        momentum_max: Largest momentum; None for no limit.
+            doubles; inf for no limit.
+        momentum_max: Largest momentum.
         lr_min: Smallest rate.
         lr_max: Largest rate; None for no limit.
         decay: ``"linear"`` multiplies the learned rate by 1 - t/T over the run.
@@ -144,10 +144,11 @@ class LanczosLRLearner(pl.Callback):
         curvature_samples: int | None = None,
         products: Products = "autograd",
         weight_threshold: float = 0.5,
-        safety: float | None = 1.0,
-        initial: float | None = 0.1,
-        growth: float | None = 2.0,
-        momentum_max: float | None = 0.99,
+        safety: float = 1.0,
+        start: Literal["curvature", "optimizer"] = "curvature",
+        initial: float = 0.1,
+        growth: float = 2.0,
+        momentum_max: float = 0.99,
         lr_min: float = 0.0,
         lr_max: float | None = None,
         decay: Literal["linear"] | None = None,
@@ -170,14 +171,13 @@ class LanczosLRLearner(pl.Callback):
             check_interval("curvature_samples", curvature_samples, 1)
         check_choice("products", products, ("autograd", "finite_difference"))
         check_interval("weight_threshold", weight_threshold, 0, 1)
-        if safety is not None:
+        if safety != math.inf:
             check_interval("safety", safety, 0, closed="()")
-        if initial is not None:
-            check_interval("initial", initial, 0, 1, closed="(]")
-        if growth is not None:
+        check_choice("start", start, ("curvature", "optimizer"))
+        check_interval("initial", initial, 0, 1, closed="(]")
+        if growth != math.inf:
             check_interval("growth", growth, 1, closed="()")
-        if momentum_max is not None:
-            check_interval("momentum_max", momentum_max, 0, 1, closed="[)")
+        check_interval("momentum_max", momentum_max, 0, 1)
         check_interval("lr_min", lr_min, 0)
         if lr_max is not None:
             check_interval("lr_max", lr_max, lr_min)
@@ -194,6 +194,7 @@ class LanczosLRLearner(pl.Callback):
         self.products = products
         self.weight_threshold = weight_threshold
         self.safety = safety
+        self.start = start
         self.initial = initial
         self.growth = growth
         self.momentum_max = momentum_max
@@ -241,10 +242,10 @@ class LanczosLRLearner(pl.Callback):
             num_steps=20,
             refresh_every_n_epochs=1,
             curvature_samples=32,
-            safety=None,
-            initial=None,
-            growth=None,
-            momentum_max=None,
+            safety=math.inf,
+            start="optimizer",
+            growth=math.inf,
+            momentum_max=1.0,
         )
 
     def __repr__(self) -> str:
@@ -370,13 +371,13 @@ class LanczosLRLearner(pl.Callback):
             sharpness = max(sharpness, self._sharpness)
         asked = step_rule(self.rule, sharpness, mu, fixed_momentum=fixed, paper_bug=self.paper_bug)
         previous: Step | None = Step(self._lr * unit, momentum)
-        if self._learned_at is None and self.initial is not None:
+        if self._learned_at is None and self.start == "curvature":
             previous = None
             asked = asked._replace(lr=self.initial * asked.lr)
         guards = Guards(
-            safety=self.safety or math.inf,
-            growth=math.inf if self.growth is None else self.growth ** self._doublings(step),
-            momentum_max=1.0 if self.momentum_max is None else self.momentum_max,
+            safety=self.safety,
+            growth=self.growth ** self._doublings(step),
+            momentum_max=self.momentum_max,
             lr_min=self.lr_min * unit,
             lr_max=math.inf if self.lr_max is None else self.lr_max * unit,
         )

@@ -92,7 +92,7 @@ class StabilityBooster(pl.Callback):
         lambda_max_steps: int = 10,
         products: Products = "autograd",
         batch_size: int | None = None,
-        dataset_size: int | Literal["auto"] | None = "auto",
+        dataset_size: int | Literal["auto", "infinite"] = "auto",
         mse_factor: float = 1.0,
         on_scheduler: Literal["error", "rebase"] = "error",
         loss_fn: Callable[[pl.LightningModule, Any], Tensor] | None = None,

@@ -65,7 +65,7 @@ class StabilityMonitor(pl.Callback):
         products: ``"autograd"``, or ``"finite_difference"`` for losses that cannot be differentiated twice.
         batch_size: Of a step; None counts the samples of the batch.
         dataset_size: ``"auto"`` asks the loader, since an epoch draws without replacement, which is less noisy; a
-            number; or None for samples drawn independently.
+            number; or ``"infinite"`` for samples drawn independently.
         mse_factor: For ``"exact_mse"``: the loss over half the squared error, summed over outputs, mean over samples.
             It is 2 / outputs for torch's ``mse_loss``.
         on_violation: When ``rho_mix`` exceeded the ceiling ``patience`` times in a row: ``"log"`` does nothing,
@@ -105,7 +105,7 @@ class StabilityMonitor(pl.Callback):
         lambda_max_steps: int = 10,
         products: Products = "autograd",
         batch_size: int | None = None,
-        dataset_size: int | Literal["auto"] | None = "auto",
+        dataset_size: int | Literal["auto", "infinite"] = "auto",
         mse_factor: float = 1.0,
         on_violation: Literal["log", "warn", "scale_lr"] = "log",
         ceiling: float = 1.0,

@@ -21,7 +21,7 @@ from lightning_opt.testing._ranks import on_two_ranks
 settings = {
     "LanczosLRLearner": [
         {},
-        {"decay": "linear", "refresh_every_n_steps": 3, "rule": "polyak", "mu": "min", "growth": None},
+        {"decay": "linear", "refresh_every_n_steps": 3, "rule": "polyak", "mu": "min", "start": "optimizer"},
         {"rule": "ssgdmn", "refresh_every_n_epochs": 1, "curvature_samples": 3, "products": "finite_difference"},
     ]
 }
@@ -104,7 +104,7 @@ def fit(learner, module=None, *callbacks, loader=None, ckpt_path=None, **options
 
 
 def test_a_quadratic_is_known_exactly_and_polyak_contracts_as_it_should():
-    learner = LanczosLRLearner(rule="polyak", mu="min", initial=None, growth=None, num_steps=4, momentum_max=None)
+    learner = LanczosLRLearner(rule="polyak", mu="min", start="optimizer", growth=math.inf, num_steps=4)
     module, trainer = fit(learner, Quadratic([1.0, 4.0, 9.0, 100.0]), max_epochs=40)
     (sharpness, mu), weights = (max(learner._spectrum[0]), min(learner._spectrum[0])), learner._spectrum[1]
     assert sharpness == pytest.approx(100.0, rel=1e-6)
@@ -138,7 +138,7 @@ def test_the_scale_of_the_loss_does_not_matter(rule):
 
 
 def test_growth_is_limited_by_doublings_of_the_steps():
-    learner = LanczosLRLearner(refresh_every_n_steps=1, safety=None)
+    learner = LanczosLRLearner(refresh_every_n_steps=1)
     fit(learner)
     steps, values = learner._curves["lr"].points()
     betas = learner._curves["momentum"].points()[1]
@@ -184,7 +184,7 @@ def test_a_schedule_is_refused_or_rebased():
 
 
 def test_adam_is_told_the_preconditioned_curvature():
-    learner = LanczosLRLearner(refresh_every_n_steps=1, initial=None, growth=None, num_steps=20)
+    learner = LanczosLRLearner(refresh_every_n_steps=1, start="optimizer", growth=math.inf, num_steps=20)
     module = Net(lambda parameters: torch.optim.Adam(parameters, lr=1e-3))
     with pytest.MonkeyPatch.context() as patch:
         seen = []
@@ -382,7 +382,8 @@ def test_the_report_shows_it(tmp_path):
         ({"refresh_every_n_steps": 0}, "refresh_every_n_steps must be >= 1"),
         ({"refresh_every_n_steps": 1, "refresh_every_n_epochs": 1}, "not both"),
         ({"max_overhead": 0.0}, "max_overhead must be > 0"),
-        ({"momentum_max": 1.0}, r"momentum_max must be in \[0, 1\)"),
+        ({"momentum_max": 1.1}, r"momentum_max must be in \[0, 1\]"),
+        ({"start": "given"}, "start must be one of"),
         ({"initial": 0.0}, r"initial must be in \(0, 1\]"),
         ({"lr_min": 2.0, "lr_max": 1.0}, "lr_max must be >= 2.0"),
         ({"decay": "cosine"}, "decay must be one of"),
