@@ -44,6 +44,8 @@ from ._window import load_window, save_window
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+EFFECTIVE = {None: 4.0, "linear": 6.0}
+"""Rate / (1 - momentum) times sharpness. With a rate that falls, a larger one does no harm at the end of the run."""
 TINY = torch.finfo(torch.float32).tiny
 NEVER = 2**62  # steps
 
@@ -104,7 +106,8 @@ class LanczosLRLearner(pl.Callback):
         momentum_max: Largest momentum.
         lr_min: Smallest rate.
         lr_max: Largest rate; None for no limit.
-        decay: ``"linear"`` multiplies the learned rate by 1 - t/T over the run.
+        decay: ``"linear"`` multiplies the learned rate by 1 - t/T over the run; the rule ``"effective"`` then begins
+            half as high again, since the rate that matters at the end is lower.
         on_scheduler: ``"error"`` or ``"rebase"``.
         loss_fn: Computes the loss from module and batch, in the place of ``training_step``.
         seed: Of the start vectors.
@@ -369,7 +372,14 @@ class LanczosLRLearner(pl.Callback):
         fixed = momentum if adam else None
         if self.rule == "effective" and self._sharpness is not None:
             sharpness = max(sharpness, self._sharpness)
-        asked = step_rule(self.rule, sharpness, mu, fixed_momentum=fixed, paper_bug=self.paper_bug)
+        asked = step_rule(
+            self.rule,
+            sharpness,
+            mu,
+            effective=EFFECTIVE[self.decay],
+            fixed_momentum=fixed,
+            paper_bug=self.paper_bug,
+        )
         previous: Step | None = Step(self._lr * unit, momentum)
         if self._learned_at is None and self.start == "curvature":
             previous = None

@@ -9,8 +9,6 @@ from lightning_opt._checks import check_choice, check_interval
 Rule = Literal["effective", "nesterov", "polyak", "ssgdmn", "gd"]
 LowerEnd = Literal["median", "min"]
 RULES: tuple[Rule, ...] = ("effective", "nesterov", "polyak", "ssgdmn", "gd")
-EFFECTIVE = 4.0
-"""Rate / (1 - momentum) times the sharpness, of the rule "effective"."""
 LEAST_MOMENTUM = 0.8
 """Of the rule "effective": with less, its rate would come near the largest stable one."""
 MU_FLOOR = 1e-8
@@ -94,14 +92,20 @@ def curvature_range(
 
 
 def step_rule(
-    rule: Rule, sharpness: float, mu: float, *, fixed_momentum: float | None = None, paper_bug: bool = False
+    rule: Rule,
+    sharpness: float,
+    mu: float,
+    *,
+    effective: float = 4.0,
+    fixed_momentum: float | None = None,
+    paper_bug: bool = False,
 ) -> Step:
     r"""Learning rate and momentum for curvature between :math:`\mu` and :math:`L`.
 
     ========== ============================================= ========================================================
     rule       rate                                          momentum
     ========== ============================================= ========================================================
-    effective  :math:`4 (1 - \beta) / L`                      :math:`\beta` as nesterov, at least 0.8
+    effective  :math:`c (1 - \beta) / L`                      :math:`\beta` as nesterov, at least 0.8
     nesterov   :math:`1 / L`                                 :math:`(\sqrt L - \sqrt\mu) / (\sqrt L + \sqrt\mu)`
     polyak     :math:`(2 / (\sqrt L + \sqrt\mu))^2`          :math:`((\sqrt L - \sqrt\mu) / (\sqrt L + \sqrt\mu))^2`
     ssgdmn     :math:`\sqrt{\mu / L}`                        as nesterov
@@ -117,6 +121,7 @@ def step_rule(
         rule: Which.
         sharpness: :math:`L`, positive.
         mu: :math:`\mu`, in [0, L].
+        effective: :math:`c`, rate / (1 - momentum) times :math:`L`, of the rule ``effective``; positive.
         fixed_momentum: That of an optimizer whose momentum is to be left alone.
         paper_bug: Divide the momentum's root of ``polyak`` by :math:`\sqrt L + \mu`, as the authors' script does.
 
@@ -133,12 +138,13 @@ def step_rule(
     check_choice("rule", rule, RULES)
     check_interval("sharpness", sharpness, 0, closed="()")
     check_interval("mu", mu, 0, sharpness)
+    check_interval("effective", effective, 0, closed="()")
     high, low = math.sqrt(sharpness), math.sqrt(mu)
     contraction = (high - low) / (high + low)
     momentum: float | None = contraction
     if rule == "effective":
         momentum = max(contraction, LEAST_MOMENTUM) if fixed_momentum is None else fixed_momentum
-        lr = EFFECTIVE * (1 - momentum) / sharpness
+        lr = effective * (1 - momentum) / sharpness
     elif rule == "nesterov":
         lr = 1 / sharpness
     elif rule == "polyak":

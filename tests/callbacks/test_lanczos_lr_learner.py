@@ -151,8 +151,8 @@ def test_growth_is_limited_by_doublings_of_the_steps():
 
 
 def test_linear_decay_multiplies_what_is_learned():
-    plain, trainer = fit(LanczosLRLearner(refresh_every_n_steps=1000))
-    decayed, _ = fit(LanczosLRLearner(refresh_every_n_steps=1000, decay="linear"))
+    plain, trainer = fit(LanczosLRLearner(rule="nesterov", refresh_every_n_steps=1000))
+    decayed, _ = fit(LanczosLRLearner(rule="nesterov", refresh_every_n_steps=1000, decay="linear"))
     total = trainer.global_step
     assert total == 16
     for step, (a, b) in enumerate(zip(plain.rates, decayed.rates, strict=True)):
