@@ -65,10 +65,8 @@ def completes_step(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
     return not (pl_module.automatic_optimization and is_accumulating(trainer))
 
 
-def part_of(batch: Any, samples: int | None) -> Any:
-    """The first samples of a batch; all of it for None."""
-    if samples is None:
-        return batch
+def part_of(batch: Any, samples: int) -> Any:
+    """The first samples of a batch."""
     size = extract_batch_size(batch)
     if size <= samples:
         return batch

@@ -69,8 +69,9 @@ class LanczosLRLearner(pl.Callback):
     and the same run. With optimizers of Adam's family the curvature is the preconditioned one (arXiv:2207.14484), and
     betas stay as they are.
 
-    When: at steps 0, 1, 2, 4, 8, ... until refreshes are as far apart as ``max_overhead`` allows, or every
-    ``refresh_every_n_steps``. The interval is chosen once, at step 16, from times measured until then; it is saved, so
+    When: at steps 0, 1, 2, 4, 8, ... until refreshes are as far apart as ``max_overhead`` demands, or every
+    ``refresh_every_n_steps``. The doubling goes on in any case, so a run of T steps has at least log2(T) + 2 refreshes,
+    which in a short one are more than that share. The interval is chosen once, at step 16, from times measured until then; it is saved, so
     a run that is killed later resumes exactly. One that is killed before chooses it then.
 
     Parameter groups keep the ratios of their rates. Nothing else may set the rate: a scheduler is refused, unless
@@ -93,8 +94,8 @@ class LanczosLRLearner(pl.Callback):
         refresh_every_n_epochs: Epochs between refreshes, each before the epoch's first step. Without either,
             ``max_overhead`` decides.
         max_overhead: Share of the time of the training steps that refreshes may take over the whole run.
-        curvature_samples: Take so many samples of each micro-batch only: faster, and the curvature of a smaller batch,
-            which is larger.
+        curvature_samples: So many samples of each micro-batch are measured on, or ``"all"``. Fewer are faster, and
+            their curvature is larger (:func:`lightning_opt.curvature.predict_max_lr`), so the rate is on the safe side.
         products: ``"autograd"``, or ``"finite_difference"`` for losses that cannot be differentiated twice.
         weight_threshold: For ``mu="min"``.
         safety: The rate is at most this share of the largest stable one, :math:`2 (1 + \beta) / L`; inf for no limit.
@@ -144,7 +145,7 @@ class LanczosLRLearner(pl.Callback):
         refresh_every_n_steps: int | None = None,
         refresh_every_n_epochs: int | None = None,
         max_overhead: float = 0.05,
-        curvature_samples: int | None = None,
+        curvature_samples: int | Literal["all"] = 32,
         products: Products = "autograd",
         weight_threshold: float = 0.5,
         safety: float = 1.0,
@@ -170,7 +171,9 @@ class LanczosLRLearner(pl.Callback):
             if refresh_every_n_steps is not None:
                 raise ValueError("give refresh_every_n_steps or refresh_every_n_epochs, not both")
         check_interval("max_overhead", max_overhead, 0, closed="()")
-        if curvature_samples is not None:
+        if isinstance(curvature_samples, str):
+            check_choice("curvature_samples", curvature_samples, ("all",))
+        else:
             check_interval("curvature_samples", curvature_samples, 1)
         check_choice("products", products, ("autograd", "finite_difference"))
         check_interval("weight_threshold", weight_threshold, 0, 1)
@@ -291,7 +294,8 @@ class LanczosLRLearner(pl.Callback):
         if epochs is not None and batch_idx == 0 and trainer.current_epoch % epochs == 0:
             self._schedule.next = step
         if step >= self._schedule.next:
-            self._window.append(part_of(batch, self.curvature_samples))
+            samples = self.curvature_samples
+            self._window.append(batch if isinstance(samples, str) else part_of(batch, samples))
             if completes:
                 self._refresh(trainer, pl_module, step, batch_idx)
         if completes and self.decay is not None:
