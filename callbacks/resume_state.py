@@ -80,6 +80,9 @@ class ResumeState(pl.Callback):
         self._loaded: dict[str, Any] | None = None  # between on_load_checkpoint and the first batch
         self._pending: list[Callable[[], None]] = []  # to be undone if training never starts
 
+    def __repr__(self) -> str:
+        return "ResumeState()"
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Start afresh, and warn about module hooks that a checkpoint cannot cover."""
         if stage != "fit":
@@ -155,6 +158,8 @@ class ResumeState(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Arrange for the state to be taken back behind all hooks that run before training."""
+        if trainer.ckpt_path is not None:
+            restart.forget_early_loader(trainer)
         loaded = self._loaded
         if loaded is None:
             return

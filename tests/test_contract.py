@@ -4,7 +4,6 @@ The settings to check with stand in the ``settings`` of each method's own test f
 constructor's arguments, or to a list of them.
 """
 
-import ast
 import dataclasses
 import functools
 import importlib
@@ -19,6 +18,7 @@ import torch
 
 from lightning_opt import registry
 from lightning_opt.testing import ContractError, NotApplicable, check_optimizers_ddp, optimizer_checks
+from tests.collected import collect_settings
 
 registry.load_all()
 
@@ -36,18 +36,6 @@ class Case:
     kwargs: dict[str, Any]
     not_applicable: frozenset[str]
     failures: dict[str, str] = dataclasses.field(default_factory=dict)
-
-
-def collect_settings(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """The literal ``settings`` of every test file in a folder."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(folder.glob("test_*.py")):
-        for statement in ast.parse(path.read_text()).body:
-            if isinstance(statement, ast.Assign) and [ast.unparse(t) for t in statement.targets] == ["settings"]:
-                for name, kwargs in ast.literal_eval(statement.value).items():
-                    assert name not in found, f"{path.name} has settings for {name}, and so has another file"
-                    found[name] = kwargs if isinstance(kwargs, list) else [kwargs]
-    return found
 
 
 SETTINGS = collect_settings(Path(__file__).parent / "optim")
@@ -68,6 +56,13 @@ NOT_APPLICABLE = {
     "ExponentiatedSGD": {"refuses_wrong_betas", "refuses_wrong_eps"},
     "Lion": {"refuses_wrong_eps", "refuses_wrong_momentum"},
     "LionK": {"refuses_wrong_eps", "refuses_wrong_momentum"},
+    "MirrorSGD": {
+        "refuses_wrong_betas",
+        "refuses_wrong_eps",
+        "refuses_wrong_momentum",
+        "refuses_wrong_weight_decay",
+    },
+    "ProxSGD": {"refuses_wrong_betas", "refuses_wrong_eps", "refuses_wrong_momentum"},
 }
 
 TORCH_FAILURES = {

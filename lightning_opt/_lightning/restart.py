@@ -47,6 +47,19 @@ def load_loop_state(trainer: pl.Trainer, progress: dict[str, Any], state: dict[s
         val_loop._seen_batches_per_dataloader.update(state["val_batches_logged"])
 
 
+def forget_early_loader(trainer: pl.Trainer) -> None:
+    """Have the training loader set up when the loop starts, with its position, even if it was set up before.
+
+    ``trainer.estimated_stepping_batches`` sets it up as soon as ``configure_optimizers`` asks. Lightning reads its
+    position from the checkpoint later, and then passes the loader over: the epoch would be replayed from its first
+    batch, without a word.
+
+    Args:
+        trainer: In ``on_fit_start`` of a run that is resumed.
+    """
+    trainer.fit_loop._combined_loader = None
+
+
 def at_first_advance(trainer: pl.Trainer, go_on: Callable[[], None]) -> Callable[[], None]:
     """Call ``go_on`` once, behind all ``on_train_start`` hooks and before the first batch is fetched.
 

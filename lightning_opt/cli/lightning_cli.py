@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
@@ -29,9 +29,9 @@ from lightning_utilities.core.enums import StrEnum
 from torch.optim import Optimizer
 
 from lightning_opt import __version__, registry
-from lightning_opt.callbacks import ResumeState, RunReport
+from lightning_opt.callbacks import ResumeState, RunReport, ScheduleCheck
 
-from . import arguments, runs
+from . import arguments, runs, schedules
 from .checkpoint import PeriodicCheckpoint
 from .errors import UserError, culprit, explain, import_class
 
@@ -47,10 +47,11 @@ class LightningOptCLI(LightningCLI):
     - Every class of this package works under its short name; ``--config`` takes a recipe's name too, and without one
       the recipe ``digits/quickstart`` is the base that the other options override.
     - The optimizer is built from the module's named parameters, through its own ``param_groups_for(module)`` where it
-      has that. A scheduler's attributes ``interval`` and ``monitor`` are honored.
+      has that. A scheduler's attributes ``interval`` and ``monitor`` are honored, and a ``total_steps`` that is null is
+      the number of optimizer steps of the run.
     - Every fit writes into a run folder of its own, ``<trainer.default_root_dir>/<name>/version_<N>``: ``config.yaml``,
       ``checkpoints/``, metrics and report. ``--ckpt_path=last`` takes the newest checkpoint of these folders.
-    - ``ResumeState``, ``PeriodicCheckpoint`` and ``RunReport`` are added to the Trainer.
+    - ``ResumeState``, ``ScheduleCheck``, ``PeriodicCheckpoint`` and ``RunReport`` are added to the Trainer.
     - After a fit the test set is evaluated, with the best weights where a ``ModelCheckpoint`` monitors a metric and
       with the final ones otherwise.
 
@@ -153,7 +154,17 @@ class LightningOptCLI(LightningCLI):
             )
 
         def configure_optimizers(module: LightningModule) -> dict[str, Any]:
-            return build_optimizers(module, config.optimizer, config.lr_scheduler, config.lr_scheduler_interval)
+            built = build_optimizers(
+                module,
+                config.optimizer,
+                config.lr_scheduler,
+                config.lr_scheduler_interval,
+                lambda: module.trainer.estimated_stepping_batches,
+            )
+            schedule = built.get("lr_scheduler")
+            if schedule and (text := schedules.remark(schedule["scheduler"], config.lr_scheduler_interval)):
+                _say(text)
+            return built
 
         self.model.configure_optimizers = MethodType(configure_optimizers, self.model)  # type: ignore[method-assign]
 
@@ -222,6 +233,8 @@ class LightningOptCLI(LightningCLI):
         own: list[Callback] = []
         if not any(isinstance(callback, ResumeState) for callback in given):
             own.append(ResumeState())
+        if not any(isinstance(callback, ScheduleCheck) for callback in given):
+            own.append(ScheduleCheck())
         if config.report and not any(isinstance(callback, RunReport) for callback in given):
             own.append(RunReport())
         if config.trainer.enable_checkpointing is not False:
@@ -270,7 +283,11 @@ class SaveConfig(LightningSaveConfigCallback):
 
 
 def build_optimizers(
-    module: LightningModule, optimizer: Namespace, lr_scheduler: Namespace | None, interval: str | None = None
+    module: LightningModule,
+    optimizer: Namespace,
+    lr_scheduler: Namespace | None,
+    interval: schedules.Interval | None = None,
+    total_steps: Callable[[], float] = lambda: 10**9,
 ) -> dict[str, Any]:
     """What ``configure_optimizers`` returns for classes given as ``class_path`` and ``init_args``.
 
@@ -278,10 +295,14 @@ def build_optimizers(
         module: Its trainable parameters are optimized, under their names.
         optimizer: Class and arguments.
         lr_scheduler: Class and arguments.
-        interval: ``"step"`` or ``"epoch"``; by default the scheduler's attribute ``interval``, else ``"epoch"``.
+        interval: ``"step"`` or ``"epoch"``; by default the scheduler's attribute ``interval``, else ``"step"`` for
+            ``OneCycleLR`` and ``CyclicLR`` and ``"epoch"`` for others.
+        total_steps: Called for the optimizer steps of the run where the scheduler takes ``total_steps`` and it is null;
+            by default any large number, to check the other arguments with.
 
     Raises:
-        UserError: If the module has nothing to train or a class refuses its arguments.
+        UserError: If the module has nothing to train, a class refuses its arguments, or ``total_steps`` is needed and
+            the run has no known end.
     """
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     if not named:
@@ -290,8 +311,10 @@ def build_optimizers(
     built = _build(optimizer, groups_for(module) if groups_for else named)
     if lr_scheduler is None:
         return {"optimizer": built}
-    scheduler = _build(lr_scheduler, built)
-    schedule = {"scheduler": scheduler, "interval": interval or getattr(scheduler, "interval", "epoch")}
+    given = dict(lr_scheduler.get("init_args") or {})
+    given = schedules.with_total_steps(import_class(lr_scheduler.class_path), given, total_steps)
+    scheduler = _build(Namespace({**vars(lr_scheduler), "init_args": Namespace(given)}), built)
+    schedule = {"scheduler": scheduler, "interval": schedules.interval_of(scheduler, interval)}
     if getattr(scheduler, "monitor", None) is not None:
         schedule["monitor"] = scheduler.monitor
     return {"optimizer": built, "lr_scheduler": schedule}

@@ -1,6 +1,7 @@
 """``lightning-opt recipes``: list, show and copy the ready-made runs."""
 
 import argparse
+import re
 import shutil
 import sys
 import textwrap
@@ -39,7 +40,7 @@ def recipes(arguments: list[str]) -> int:
     if options.action == "list":
         sys.stdout.write(recipe_table(shutil.get_terminal_size((160, 24)).columns))
     elif options.action == "show":
-        sys.stdout.write(recipe_path(options.name).read_text())
+        sys.stdout.write("\n".join(recipe_path(name).read_text() for name in recipe_runs(options.name)))
     else:
         copy_recipe(options.name, options.destination, force=options.force)
     return 0
@@ -50,13 +51,24 @@ def recipe_names() -> list[str]:
     return sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.rglob("*.yaml"))
 
 
+def recipe_runs(name: str) -> list[str]:
+    """The names of a recipe's runs: its own, or, for a folder of numbered files, theirs in order."""
+    own = [
+        run for run in recipe_names() if run.rpartition("/")[0] == name and re.match(r"\d+_", run.rpartition("/")[2])
+    ]
+    return sorted(own, key=lambda run: int(run.rpartition("/")[2].partition("_")[0])) or [name]
+
+
 def recipe_path(name: str) -> Path:
-    """The file of a recipe.
+    """The file of a recipe of one run.
 
     Raises:
-        UserError: If there is no recipe of this name; offers the nearest.
+        UserError: If there is no recipe of this name, and the nearest is offered; or if it has several runs.
     """
     names = recipe_names()
+    runs = recipe_runs(name)
+    if runs != [name]:
+        raise UserError(f"{name!r} is a recipe of {len(runs)} runs; do them in this order: {', '.join(runs)}.")
     if name not in names:
         raise UserError(
             f"no recipe is named {name!r}.{did_you_mean(nearest_recipes(name, names))}"
@@ -81,7 +93,8 @@ def nearest_recipes(name: str, names: list[str]) -> list[str]:
     from lightning_opt._checks import nearest  # imports torch
 
     by_last = nearest(name.rpartition("/")[2], {n.rpartition("/")[2] for n in names})
-    return nearest(name, names) or [n for n in names if n.rpartition("/")[2] in by_last]
+    folders = sorted({n.rpartition("/")[0] for n in names if len(recipe_runs(n.rpartition("/")[0])) > 1})
+    return nearest(name, [*names, *folders]) or [n for n in names if n.rpartition("/")[2] in by_last]
 
 
 def recipe_table(width: int) -> str:
@@ -106,26 +119,37 @@ def recipe_table(width: int) -> str:
     return "".join(lines)
 
 
-def copy_recipe(name: str, destination: Path, *, force: bool = False) -> Path:
+def copy_recipe(name: str, destination: Path, *, force: bool = False) -> list[Path]:
     """Copy a recipe to a file that ``--config`` takes, its ``command`` line adapted.
 
     Args:
         name: The recipe.
-        destination: A file, or a folder that exists.
-        force: Overwrite an existing file.
+        destination: A file, or a folder that exists; for a recipe of several runs a folder, made if need be.
+        force: Overwrite existing files.
 
     Returns:
-        The file written.
+        The files written.
 
     Raises:
-        UserError: If the recipe does not exist, the file does, or it cannot be written.
+        UserError: If the recipe does not exist, a file does, or it cannot be written.
     """
+    runs = recipe_runs(name)
+    if len(runs) > 1:
+        try:
+            destination.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the folder {destination}: {error.strerror}.") from error
+    return [_copy_run(run, destination, force=force) for run in runs]
+
+
+def _copy_run(name: str, destination: Path, *, force: bool) -> Path:
     source = recipe_path(name)
     path = destination / source.name if destination.is_dir() else destination
     if path.exists() and not force:
         raise UserError(f"{path} exists; --force overwrites it.")
     shown = path if path.is_absolute() else f"./{path}"
-    old, new = recipe_header(source)["command"], f"lightning-opt fit --config {shown}"
+    old = recipe_header(source)["command"]
+    new = re.sub(r"lightning-opt fit( --config \S+)?", f"lightning-opt fit --config {shown}", old)
     try:
         path.write_text(source.read_text().replace(f"# command: {old}", f"# command: {new}", 1))
     except OSError as error:

@@ -4,7 +4,8 @@ from torch import Tensor
 
 from lightning_opt.registry import register
 
-from .image_data_module import ImageDataModule, Split, stratified_order
+from .image_data_module import ImageDataModule
+from .labeled_data_module import Split, stratified_order
 
 
 @register("data", summary="Handwritten digits bundled with scikit-learn, 8x8, 1,437 + 360, no download")

@@ -15,14 +15,16 @@ class PublishedFile:
     """One file of a published dataset.
 
     Attributes:
-        name: Its name without ``.gz``, the same in every folder and at every mirror.
-        archive_sha256: SHA-256 of ``name.gz`` as the mirrors serve it.
+        name: Its name without ``.gz``, the same in every folder.
+        archive_sha256: SHA-256 of the file as the mirrors serve it.
         content_sha256: SHA-256 of what is in it, whoever compressed it; ``None`` where nobody published it.
+        served_as: Its name at the mirrors, ``name.gz`` where not given.
     """
 
     name: str
     archive_sha256: str
     content_sha256: str | None = None
+    served_as: str = ""
 
 
 def find_file(name: str, folders: Iterable[Path]) -> Path | None:
@@ -32,7 +34,7 @@ def find_file(name: str, folders: Iterable[Path]) -> Path | None:
 
 
 def fetch_file(file: PublishedFile, mirrors: Sequence[str], folder: Path) -> Path:
-    """Download ``file.name + ".gz"`` into a folder unless it is there, with a progress bar.
+    """Download a file into a folder unless it is there, with a progress bar.
 
     The mirrors are tried in turn until one serves the file with the right checksum; the file appears under its name
     only once it is complete and checked.
@@ -48,21 +50,22 @@ def fetch_file(file: PublishedFile, mirrors: Sequence[str], folder: Path) -> Pat
     Raises:
         DataNotFoundError: If no mirror serves it; the message says why for each.
     """
-    archive = f"{file.name}.gz"
+    served = file.served_as or f"{file.name}.gz"
+    kept = f"{file.name}.gz" if served.endswith(".gz") else file.name
     failures = []
     for mirror in mirrors:
         try:
             return Path(
                 pooch.retrieve(
-                    mirror + archive,
+                    mirror + served,
                     known_hash=f"sha256:{file.archive_sha256}",
-                    fname=archive,
+                    fname=kept,
                     path=folder,
                     downloader=pooch.HTTPDownloader(progressbar=True, timeout=_TIMEOUT),
                 )
             )
         except (OSError, ValueError) as error:  # the network and the disk; a wrong checksum
-            failures.append(f"{mirror + archive}: {error}")
+            failures.append(f"{mirror + served}: {error}")
     raise DataNotFoundError("\n".join(failures))
 
 
@@ -78,6 +81,9 @@ def local_folders(root: str | None, below: Sequence[str], system: str | None) ->
         root: A folder that holds the files or one of the folders ``below``.
         below: The dataset's folder below a folder of datasets, for example ``"mnist"`` and ``"MNIST/raw"``.
         system: The folder into which a package of the system installs the files.
+
+    Returns:
+        The folders; none of them need exist.
     """
     folders = []
     if root is not None:
@@ -85,6 +91,41 @@ def local_folders(root: str | None, below: Sequence[str], system: str | None) ->
     if shared := os.environ.get(ENVIRONMENT):
         folders += [Path(shared).expanduser() / name for name in below]
     return folders + ([Path(system)] if system else [])
+
+
+def missing_file(
+    owner: str,
+    file: str,
+    reason: str,
+    *,
+    files: Sequence[str],
+    folder: str,
+    searched: Sequence[Path],
+    package: str = "",
+) -> DataNotFoundError:
+    """The error for a file that is not at hand, with the ways to provide it.
+
+    Args:
+        owner: The data module that asks for it.
+        file: What is missing.
+        reason: Why fetching did not help, as the end of a sentence.
+        files: The names of all files of the dataset.
+        folder: The dataset's folder below a folder of datasets.
+        searched: Where the file was looked for.
+        package: The package of the system that installs the files, if there is one.
+    """
+    ways = [
+        f"put the files ({', '.join(files)}; each as it is or with .gz) into a folder DIR/{folder} and set root=DIR"
+        f" (in a config: data.init_args.root)",
+        f"or set the environment variable {ENVIRONMENT}=DIR instead",
+        f"or install the Debian package: apt install {package}" if package else "",
+        f"or run once with a network: they are fetched into {cache_folder(folder)}",
+    ]
+    return DataNotFoundError(
+        f"{owner}: the file {file} is not at hand and {reason}\n"
+        f"Searched: {', '.join(map(str, searched)) or 'no local folder (none is set)'}\n"
+        "To provide the files:\n" + "\n".join(f"  - {way}" for way in ways if way)
+    )
 
 
 ENVIRONMENT = "LIGHTNING_OPT_DATA"

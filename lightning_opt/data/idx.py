@@ -1,18 +1,14 @@
 import gzip
-import hashlib
 import math
 import os
 import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-
-class CorruptDataError(RuntimeError):
-    """A data file that is damaged or not what its name says; the message names the file and what to do."""
+from .content import ADVICE, CorruptDataError, check_sha256, read_content
 
 
 def read_idx(path: str | os.PathLike[str], *, sha256: str | None = None) -> Tensor:
@@ -39,27 +35,24 @@ def read_idx(path: str | os.PathLike[str], *, sha256: str | None = None) -> Tens
         >>> read_idx(path)
         tensor([3, 1, 4], dtype=torch.uint8)
     """
-    content = _decompressed(Path(path))
+    content = read_content(Path(path))
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in _DTYPES:
         raise CorruptDataError(
-            f"{path} is not an IDX file: it starts with the bytes {content[:4].hex(' ')!r}. {_ADVICE}"
+            f"{path} is not an IDX file: it starts with the bytes {content[:4].hex(' ')!r}. {ADVICE}"
         )
     dtype, start = _DTYPES[content[2]], 4 + 4 * content[3]
     if len(content) < start:
-        raise CorruptDataError(f"{path} is truncated: it ends inside its header. {_ADVICE}")
+        raise CorruptDataError(f"{path} is truncated: it ends inside its header. {ADVICE}")
     shape = struct.unpack(f">{content[3]}I", content[4:start])
     announced = start + math.prod(shape) * dtype.itemsize
     if len(content) != announced:
         what = "truncated" if len(content) < announced else "too long"
         raise CorruptDataError(
             f"{path} is {what}: its header announces the dimensions {shape} and so {announced} bytes, it holds"
-            f" {len(content)}. {_ADVICE}"
+            f" {len(content)}. {ADVICE}"
         )
-    if sha256 is not None and (found := hashlib.sha256(content).hexdigest()) != sha256:
-        raise CorruptDataError(
-            f"{path} is a whole IDX file, but not the published one: its content has the SHA-256 {found}, expected"
-            f" {sha256}. {_ADVICE}"
-        )
+    if sha256 is not None:
+        check_sha256(Path(path), content, sha256, "a whole IDX file")
     values = np.frombuffer(content, dtype, offset=start).reshape(shape)
     return torch.from_numpy(values.astype(dtype.newbyteorder("=")))
 
@@ -80,7 +73,6 @@ def write_idx(path: str | os.PathLike[str], values: Tensor) -> None:
     Path(path).write_bytes(gzip.compress(content, mtime=0) if str(path).endswith(".gz") else content)
 
 
-_ADVICE = "Replace it by a good copy, or remove it to have it fetched."
 _DTYPES: dict[int, np.dtype] = {
     0x08: np.dtype(">u1"),
     0x09: np.dtype(">i1"),
@@ -89,13 +81,3 @@ _DTYPES: dict[int, np.dtype] = {
     0x0D: np.dtype(">f4"),
     0x0E: np.dtype(">f8"),
 }
-
-
-def _decompressed(path: Path) -> bytes:
-    content = path.read_bytes()
-    if content[:2] != b"\x1f\x8b":
-        return content
-    try:
-        return gzip.decompress(content)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise CorruptDataError(f"{path} is a damaged gzip archive ({error}). {_ADVICE}") from error

@@ -3,9 +3,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .fetch import ENVIRONMENT, DataNotFoundError, PublishedFile, cache_folder, fetch_file, find_file, local_folders
-from .idx import CorruptDataError, read_idx
-from .image_data_module import ImageDataModule, Split, splits_of
+from .content import CorruptDataError
+from .fetch import DataNotFoundError, PublishedFile, cache_folder, fetch_file, find_file, local_folders, missing_file
+from .idx import read_idx
+from .image_data_module import ImageDataModule
+from .labeled_data_module import Split, splits_of
 
 
 class IdxImages(ImageDataModule):
@@ -85,16 +87,12 @@ class IdxImages(ImageDataModule):
         return local_folders(self.root, self.folders, self.system_folder)
 
     def _missing(self, file: PublishedFile, reason: str) -> DataNotFoundError:
-        name, names = type(self).__name__, ", ".join(file.name for pair in self.files.values() for file in pair)
-        ways = [
-            f"put the files ({names}; each as it is or with .gz) into a folder DIR/{self.folders[0]} and set root=DIR"
-            f" (in a config: data.init_args.root)",
-            f"or set the environment variable {ENVIRONMENT}=DIR instead",
-            f"or install the Debian package: apt install {self.system_package}" if self.system_package else "",
-            f"or run once with a network: they are fetched into {cache_folder(self.folders[0])}",
-        ]
-        return DataNotFoundError(
-            f"{name}: the file {file.name} is not at hand and {reason}\n"
-            f"Searched: {', '.join(map(str, self._local_folders())) or 'no local folder (none is set)'}\n"
-            "To provide the files:\n" + "\n".join(f"  - {way}" for way in ways if way)
+        return missing_file(
+            type(self).__name__,
+            file.name,
+            reason,
+            files=[file.name for pair in self.files.values() for file in pair],
+            folder=self.folders[0],
+            searched=self._local_folders(),
+            package=self.system_package if self.system_folder else "",
         )

@@ -1,24 +1,13 @@
 import abc
-import warnings
 from collections.abc import Sequence
-from typing import Literal
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from lightning_opt._checks import check_interval
-
-from .resumable_loader import ResumableLoader
-
-Split = Literal["train", "test"]
-Batch = tuple[Tensor, Tensor]
+from .labeled_data_module import Batch, LabeledDataModule, LabeledDataset, Split
 
 
-class ImageDataModule(pl.LightningDataModule, abc.ABC):
+class ImageDataModule(LabeledDataModule):
     """Labeled images that fit into memory, as one tensor, with a stratified validation split.
 
     A batch is ``(images, labels)``: float32 ``[B, C, H, W]``, normalized, and int64 ``[B]``. It is one indexing
@@ -36,17 +25,7 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
         std: Standard deviation of the training pixels, likewise.
 
     Args:
-        batch_size: Images in a training batch.
-        eval_batch_size: Images in a batch of validation, test and prediction.
-        val_size: Share (float below 1) or number (int) of the training images to validate on. To train without
-            validation set the Trainer's ``limit_val_batches=0``.
-        train_size: Train on a stratified subset of this many images; ``None`` for all that validation leaves. A
-            smaller subset is part of a larger one.
-        seed: Seed of the order of the training batches.
-        split_seed: Seed of the choice of validation images and subset.
-        drop_last: Leave out an incomplete last training batch, for example because BatchNorm fails on one image.
-        num_workers: Processes that load batches. With images in memory 0 is fastest, and Lightning's advice to take
-            more is silenced; workers, if any, persist over epochs.
+        **kwargs: As for :class:`LabeledDataModule`.
 
     Raises:
         ValueError: If a number is out of its range.
@@ -69,52 +48,14 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
         (torch.Size([10, 1, 2, 2]), True, 8)
     """
 
-    classes: tuple[str, ...]
+    noun = "images"
     shape: tuple[int, int, int]
     max_value: float = 255.0
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
-
-    def __init__(
-        self,
-        *,
-        batch_size: int = 64,
-        eval_batch_size: int = 512,
-        val_size: int | float = 0.1,
-        train_size: int | None = None,
-        seed: int = 0,
-        split_seed: int = 0,
-        drop_last: bool = False,
-        num_workers: int = 0,
-    ) -> None:
-        super().__init__()
-        check_interval("batch_size", batch_size, 1)
-        check_interval("eval_batch_size", eval_batch_size, 1)
-        if isinstance(val_size, float):
-            check_interval("val_size as a share", val_size, 0, 1, closed="()")
-        else:
-            check_interval("val_size", val_size, 1)
-        if train_size is not None:
-            check_interval("train_size", train_size, 1)
-        check_interval("seed", seed, 0)
-        check_interval("split_seed", split_seed, 0)
-        check_interval("num_workers", num_workers, 0)
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.val_size = val_size
-        self.train_size = train_size
-        self.seed = seed
-        self.split_seed = split_seed
-        self.drop_last = drop_last
-        self.num_workers = num_workers
-        self.train_set: ImageDataset | None = None
-        self.val_set: ImageDataset | None = None
-        self.test_set: ImageDataset | None = None
-
-    @property
-    def num_classes(self) -> int:
-        """The number of classes."""
-        return len(self.classes)
+    train_set: "ImageDataset | None"
+    val_set: "ImageDataset | None"
+    test_set: "ImageDataset | None"
 
     @abc.abstractmethod
     def load(self, split: Split) -> tuple[Tensor, Tensor]:
@@ -127,65 +68,12 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
             Images ``[N, C, H, W]`` (or ``[N, H, W]``), uint8 or floating point, and labels ``[N]`` of an integer dtype.
         """
 
-    def setup(self, stage: str | None = None) -> None:
-        """Read what a stage needs (``"fit"``, ``"validate"``, ``"test"``, ``"predict"``), all for ``None``."""
-        splits = splits_of(stage)
-        if "train" in splits and self.train_set is None:
-            self._split(*self.load("train"))
-        if "test" in splits and self.test_set is None:
-            self.test_set = ImageDataset(*self.load("test"), self)
-
-    def train_dataloader(self) -> DataLoader[Batch]:
-        """The training images in an order that depends on ``seed`` and the epoch."""
-        return self._loader(self.train_set, self.batch_size, shuffle=True, drop_last=self.drop_last)
-
-    def val_dataloader(self) -> DataLoader[Batch]:
-        """The validation images, in their order in the data."""
-        return self._loader(self.val_set, self.eval_batch_size)
-
-    def test_dataloader(self) -> DataLoader[Batch]:
-        """The test images, in their order in the data."""
-        return self._loader(self.test_set, self.eval_batch_size)
-
-    def predict_dataloader(self) -> DataLoader[Batch]:
-        """The test images, in their order in the data."""
-        return self._loader(self.test_set, self.eval_batch_size)
-
-    def _split(self, images: Tensor, labels: Tensor) -> None:
-        val = round(self.val_size * len(labels)) if isinstance(self.val_size, float) else self.val_size
-        train = len(labels) - val if self.train_size is None else self.train_size
-        if min(val, train) < 1 or val + train > len(labels):
-            raise MisconfigurationException(
-                f"{type(self).__name__} has {len(labels)} images for training and validation: val_size={self.val_size}"
-                f" takes {val} and leaves {max(len(labels) - val, 0)}, train_size={self.train_size} asks for"
-                f" {'at least 1' if self.train_size is None else train}"
-            )
-        order = stratified_order(labels, self.split_seed)
-        val_part, train_part = order[:val].sort().values, order[val : val + train].sort().values
-        self.val_set = ImageDataset(images[val_part], labels[val_part], self)
-        self.train_set = ImageDataset(images[train_part], labels[train_part], self)
-
-    def _loader(
-        self, dataset: "ImageDataset | None", batch_size: int, *, shuffle: bool = False, drop_last: bool = False
-    ) -> DataLoader[Batch]:
-        if dataset is None:
-            raise RuntimeError(
-                f"call setup() of {type(self).__name__} before its loaders; the Trainer does so by itself"
-            )
-        if self.num_workers == 0:
-            warnings.filterwarnings("ignore", ".*does not have many workers.*", category=PossibleUserWarning)
-        return ResumableLoader(
-            dataset,
-            batch_size=batch_size,
-            shuffle=shuffle,
-            seed=self.seed,
-            drop_last=drop_last,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-        )
+    def make_dataset(self, inputs: Tensor, labels: Tensor) -> "ImageDataset":
+        """The dataset that normalizes a batch when it is read."""
+        return ImageDataset(inputs, labels, self)
 
 
-class ImageDataset(Dataset[Batch]):
+class ImageDataset(LabeledDataset):
     """All images of a split in one tensor; indexed with a whole batch at once (``__getitems__``).
 
     :class:`ResumableLoader` hands such a batch on as it is; a plain ``DataLoader`` needs a ``collate_fn`` that does.
@@ -197,54 +85,17 @@ class ImageDataset(Dataset[Batch]):
     """
 
     def __init__(self, images: Tensor, labels: Tensor, spec: ImageDataModule) -> None:
-        if len(images) != len(labels):
-            raise ValueError(f"{len(images)} images but {len(labels)} labels")
-        self.images = images.reshape(-1, *spec.shape)
-        self.labels = labels.long()
+        super().__init__(images, labels, spec.noun)
+        self.inputs = images.reshape(-1, *spec.shape)
         std = torch.tensor(spec.std).view(-1, 1, 1)
         self.scale = 1 / (spec.max_value * std)
         self.shift = -torch.tensor(spec.mean).view(-1, 1, 1) / std
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> Batch:
-        images, labels = self.__getitems__([index])
-        return images[0], labels[0]
+    @property
+    def images(self) -> Tensor:
+        """All images ``[N, C, H, W]`` as they were read, not normalized."""
+        return self.inputs
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         chosen = torch.as_tensor(indices)
         return self.images[chosen].to(torch.float32).mul_(self.scale).add_(self.shift), self.labels[chosen]
-
-
-def splits_of(stage: str | None) -> tuple[Split, ...]:
-    """The splits that a stage of the Trainer reads; all for ``None``."""
-    if stage in ("fit", "validate"):
-        return ("train",)
-    return ("test",) if stage in ("test", "predict") else ("train", "test")
-
-
-def stratified_order(labels: Tensor, seed: int) -> Tensor:
-    """A random order in which every prefix, and so every slice, has the classes in their shares.
-
-    The k-th member of a class of n, in random order, is put at (k + 1/2) / n of the way; ties are in random order.
-
-    Args:
-        labels: ``[N]``, integer.
-        seed: Seed of the order; the global random state is neither used nor changed.
-
-    Returns:
-        A permutation of ``range(N)``, int64.
-
-    Example:
-        >>> labels = torch.tensor([0, 0, 0, 0, 1, 1])
-        >>> labels[stratified_order(labels, seed=0)[:3]].bincount()
-        tensor([2, 1])
-    """
-    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    position = torch.empty(len(labels), dtype=torch.float64)
-    for label in labels.unique():
-        members = labels[shuffled] == label
-        count = int(members.sum())
-        position[members] = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    return shuffled[position.argsort(stable=True)]

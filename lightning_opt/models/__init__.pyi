@@ -1,3 +1,5 @@
+from .char_gpt import CharGPT as CharGPT
 from .classifier import Classifier as Classifier
+from .language_model import LanguageModel as LanguageModel
 from .mlp import MLP as MLP
 from .resnet import ResNet as ResNet

@@ -1,1 +1,11 @@
+from .horizon import horizon as horizon
+from .last_iterate import LastIterateLR as LastIterateLR
+from .linear_decay import LinearDecayLR as LinearDecayLR
+from .linear_decay import linear_decay as linear_decay
+from .norm_record import NormRecord as NormRecord
+from .refine import last_iterate_bound as last_iterate_bound
+from .refine import refine_schedule as refine_schedule
+from .refine import smooth_norms as smooth_norms
+from .refined import RefinedLR as RefinedLR
+from .refined import resample as resample
 from .sample_based import SampleBasedLR as SampleBasedLR

@@ -4,6 +4,8 @@ from .check_callback import callback_checks as callback_checks
 from .check_callback import check_callback as check_callback
 from .check_optimizer import check_optimizer as check_optimizer
 from .check_optimizer import optimizer_checks as optimizer_checks
+from .check_scheduler import check_scheduler as check_scheduler
+from .check_scheduler import scheduler_checks as scheduler_checks
 from .contract import ContractError as ContractError
 from .contract import NotApplicable as NotApplicable
 from .contract import Report as Report

@@ -22,6 +22,11 @@ def check_callback(cls: type[pl.Callback], /, **kwargs: Any) -> Report:
     the same with it and without, and that it waits for no device on steps that are not logged; ``log_prefix`` where its
     logs go.
 
+    A callback that sets the learning rate, the batch size or the closure says so in its attribute ``owns``; Lightning's
+    own are known. It must refuse another owner of the same, may refuse a schedule beside it (it is then tested without
+    one, and by SGD where it refuses Adam), and must leave to each step the mean gradient over its examples. A callback
+    without ``owns`` must leave learning rates and batches as they are.
+
     Data-parallel training needs processes of its own: :func:`check_callbacks_ddp`.
 
     Args:

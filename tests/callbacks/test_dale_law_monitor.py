@@ -15,6 +15,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated"),
 ]
+settings = {"DaleLawMonitor": {}}
 
 INPUTS = torch.randn(48, 6, generator=torch.Generator().manual_seed(0))
 

@@ -17,6 +17,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated"),
 ]
 
+settings = {"OptimizerMonitor": [{}, {"every_n_steps": 4}]}
+
 INPUTS = torch.randn(48, 4, generator=torch.Generator().manual_seed(0))
 
 

@@ -38,6 +38,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated"),
 ]
 
+settings = {"ResumeState": {}}
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
@@ -342,6 +344,20 @@ class Manual(Net):
 
 def test_manual_optimization(tmp_path):
     check_all(tmp_path, every=4, module=Manual)
+
+
+class AsksForItsLength(Net):
+    """As modules with a schedule in steps do; Lightning then sets the loader up before it knows its position."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.Adam(self.parameters(), lr=0.01)
+        total = self.trainer.estimated_stepping_batches
+        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=total)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+
+def test_a_loader_that_is_set_up_too_early(tmp_path):
+    check_all(tmp_path, every=3, module=AsksForItsLength, val_check_interval=4)
 
 
 def own_loader():

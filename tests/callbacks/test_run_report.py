@@ -24,6 +24,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated"),
 ]
 
+settings = {"RunReport": {}}
+
 INPUTS = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
 
 

@@ -1,7 +1,7 @@
 import pytest
 
 from lightning_opt.cli import main
-from lightning_opt.cli.recipes import FOLDER, HEADER_KEYS, recipe_header, recipe_names, recipe_table
+from lightning_opt.cli.recipes import FOLDER, HEADER_KEYS, recipe_header, recipe_names, recipe_runs, recipe_table
 
 
 def test_list_shows_every_recipe_with_its_header(capsys) -> None:
@@ -62,6 +62,39 @@ def test_a_destination_that_cannot_be_written(workdir, capsys) -> None:
     (workdir / "file").touch()
     assert main(["recipes", "copy", "digits/quickstart", "file/own.yaml"]) == 2
     assert "cannot write file/own.yaml: Not a directory" in capsys.readouterr().err
+
+
+TWO = "fashion_mnist/refined_schedule"
+
+
+def test_a_recipe_of_several_runs_is_shown_in_order(capsys) -> None:
+    assert recipe_runs(TWO) == [f"{TWO}/1_record", f"{TWO}/2_refined"]
+    assert recipe_runs("digits/quickstart") == ["digits/quickstart"]
+    assert recipe_runs("fashion_mnist") == ["fashion_mnist"]  # a folder, but not of numbered files
+    assert main(["recipes", "show", TWO]) == 0
+    shown = capsys.readouterr().out
+    assert shown == "\n".join((FOLDER / f"{run}.yaml").read_text() for run in recipe_runs(TWO))
+
+
+def test_copies_of_several_runs_keep_what_comes_before_each_fit(workdir, capsys) -> None:
+    assert main(["recipes", "copy", TWO, "mine"]) == 0
+    assert {path.name for path in (workdir / "mine").iterdir()} == {"1_record.yaml", "2_refined.yaml"}
+    command = recipe_header(workdir / "mine/2_refined.yaml")["command"]
+    refine, fit = command.split(" && ")
+    assert refine == f"lightning-opt refine runs/{TWO}/1_record --out runs/{TWO}"
+    assert fit == "lightning-opt fit --config ./mine/2_refined.yaml"
+    assert command in capsys.readouterr().out
+    assert main(["recipes", "copy", TWO, "mine"]) == 2
+    (workdir / "file").touch()
+    assert main(["recipes", "copy", TWO, "file"]) == 2
+    assert "cannot make the folder file" in capsys.readouterr().err
+
+
+def test_several_runs_are_not_one_config(capsys) -> None:
+    assert main(["fit", f"--config={TWO}"]) == 2
+    assert f"is a recipe of 2 runs; do them in this order: {TWO}/1_record, {TWO}/2_refined" in capsys.readouterr().err
+    assert main(["recipes", "show", "fashion_mnist/refined_schedul"]) == 2
+    assert f"Did you mean {TWO}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [[], ["lst"], ["show"]])

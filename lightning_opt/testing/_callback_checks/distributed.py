@@ -63,7 +63,7 @@ def _fit_all(subjects: Sequence[Subject]) -> list[dict[str, Any]]:
         try:
             if done and "error" in done[-1]:
                 raise ContractError("the ranks lost each other in an earlier run")
-            done.append({"with": _values(run(subject.build(), **_options())), "without": without()})
+            done.append({"with": _values(subject.run(**_options())), "without": without()})
         except MisconfigurationException as error:
             done.append({"refused": str(error)})
         except Exception as error:

@@ -6,15 +6,17 @@ from typing import Any
 import torch
 
 from ..contract import require
-from .subject import Problem, Subject, check, require_equal, run, without_volatile
+from .problem import Problem
+from .subject import Subject, check, require_equal, run, without_volatile
 
 FAIL_AT = 7
+FAIL_EARLY_AT = 1  # where batches may grow, so that there are few
 
 
 @check
 def an_error_passes_through(subject: Subject) -> None:
     """An error in ``training_step`` reaches the caller as it is."""
-    module = Problem(fail_at=FAIL_AT)
+    module = _failing(subject)
     error = _fail(subject, module)
     require(error is module.error, f"{type(error).__name__} came out: {error}" if error else "no error came out")
 
@@ -22,7 +24,7 @@ def an_error_passes_through(subject: Subject) -> None:
 @check
 def removes_its_hooks(subject: Subject) -> None:
     """Neither a fit nor an error leaves hooks on module, parameters or optimizer, or gradients switched off."""
-    failed = Problem(fail_at=FAIL_AT)
+    failed = _failing(subject)
     _fail(subject, failed)
     for when, module in (("a fit", subject.outcome.module), ("an error", failed)):
         hooks = [f"{name} of {type(part).__name__}" for part in module.modules() for name in _hooks(part)]
@@ -37,17 +39,21 @@ def fits_again_after_an_error(subject: Subject) -> None:
     """After an error the same callback fits another run as a new one does."""
     callback = subject.build()
     with contextlib.suppress(RuntimeError):
-        run(callback, module=Problem(fail_at=FAIL_AT))
-    again = run(callback)
+        run(callback, module=_failing(subject))
+    again = run(callback, **subject.setting)
     require_equal(again.parameters, subject.outcome.parameters, "parameters after the second fit")
     require_equal(again.rows, subject.outcome.rows, "logged values of the second fit")
     state = without_volatile(again.state)
     require_equal(state, without_volatile(subject.outcome.state), "state after the second fit")
 
 
+def _failing(subject: Subject) -> Problem:
+    return subject.problem(fail_at=FAIL_EARLY_AT if "batch size" in subject.owns else FAIL_AT)
+
+
 def _fail(subject: Subject, module: Problem) -> BaseException | None:
     try:
-        run(subject.build(), module=module)
+        subject.run(module=module)
     except BaseException as error:
         return error
     return None

@@ -6,13 +6,14 @@ from pathlib import Path
 from torch.utils.data import DataLoader, TensorDataset
 
 from ..contract import NotApplicable, require
-from .subject import Problem, Subject, baseline, check, data, make_trainer, quiet, require_equal
+from .problem import Problem, data
+from .subject import Subject, baseline, check, make_trainer, quiet, require_equal
 
 
 @check
 def logs_under_its_prefix(subject: Subject) -> None:
     """Every name that it adds to the logs begins with its registered prefix."""
-    new = {name for name, _ in subject.outcome.rows} - {name for name, _ in baseline().rows}
+    new = {name for name, _ in subject.outcome.rows} - {name for name, _ in baseline(**subject.setting).rows}
     if not new:
         raise NotApplicable(f"{subject.cls.__name__} logs nothing")
     prefix = subject.entry.log_prefix if subject.entry else ""

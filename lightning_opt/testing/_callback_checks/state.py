@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_opt.callbacks import ResumeState
 
 from ..contract import require
-from .subject import BATCHES, EPOCHS, Subject, check, described, require_equal, run, without_volatile
+from .subject import BATCHES, Subject, check, described, require_equal, require_trained, without_volatile
 
 _BUILTINS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 
@@ -26,16 +26,16 @@ _BUILTINS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, tor
 def state_is_tensors_and_builtins(subject: Subject) -> None:
     """``state_dict`` after a fit holds tensors and Python builtins only, and loads with ``weights_only``."""
     state = subject.outcome.state
-    foreign = list(dict.fromkeys(_foreign(state)))
+    foreign = foreign_types(state)
     require(not foreign, f"neither tensors nor builtins: {', '.join(foreign)}")
-    require_equal(_through_a_file(state), state, "saved and loaded")
+    require_equal(through_a_file(state), state, "saved and loaded")
 
 
 @check
 def loaded_state_is_the_saved_one(subject: Subject) -> None:
     """``load_state_dict`` of a new callback takes all of it."""
     fresh = subject.build()
-    fresh.load_state_dict(_through_a_file(subject.outcome.state))
+    fresh.load_state_dict(through_a_file(subject.outcome.state))
     require_equal(fresh.state_dict(), subject.outcome.state, "state of the loaded callback")
 
 
@@ -55,12 +55,13 @@ def resumes_exactly(subject: Subject) -> None:
     """A run that is killed within or at the end of an epoch and resumed ends, logs and has state as the whole run."""
     helpers = [] if issubclass(subject.cls, ResumeState) else [ResumeState]
     with tempfile.TemporaryDirectory() as folder:
-        files = {step: Path(folder, f"{step}.ckpt") for step in (BATCHES - 2, BATCHES, BATCHES + 3)}
-        whole = run(subject.build(), *(helper() for helper in helpers), _Save(files))
-        require(whole.trainer.global_step == EPOCHS * BATCHES, f"{whole.trainer.global_step} steps in all")
-        for step, path in files.items():
-            resumed = run(subject.build(), *(helper() for helper in helpers), ckpt_path=path, seed=99)
-            what = f"resumed at step {step} against uninterrupted"
+        saver = Saver(Path(folder))
+        whole = subject.run(*(helper() for helper in helpers), saver)
+        require_trained(subject, whole)
+        for batch in saver.moments(grows="batch size" in subject.owns):
+            path, step = saver.files[batch]
+            resumed = subject.run(*(helper() for helper in helpers), ckpt_path=path, seed=99)
+            what = f"resumed behind batch {batch}, step {step}, against uninterrupted"
             require_equal(resumed.parameters, whole.parameters, f"{what}: parameters and buffers")
             require_equal(resumed.optimizers, whole.optimizers, f"{what}: optimizer state")
             require_equal(without_volatile(resumed.state), without_volatile(whole.state), f"{what}: state")
@@ -71,23 +72,41 @@ def resumes_exactly(subject: Subject) -> None:
             require(not extra, f"{what}: logged only when resumed: {sorted(extra)}")
 
 
-class _Save(Checkpoint):
-    """Writes checkpoints where ModelCheckpoint does, behind the other callbacks of a batch."""
+class Saver(Checkpoint):
+    """Writes a checkpoint behind every batch where ModelCheckpoint does, behind the other callbacks.
 
-    def __init__(self, files: dict[int, Path]) -> None:
-        self.files = files
+    Attributes:
+        files: By the number of batches done, the file and the number of steps done.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files: dict[int, tuple[Path, int]] = {}
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Save."""
-        if trainer.global_step in self.files:
-            trainer.save_checkpoint(self.files[trainer.global_step])
+        batch = len(self.files) + 1
+        self.files[batch] = (self.folder / f"{batch}.ckpt", trainer.global_step)
+        trainer.save_checkpoint(self.files[batch][0])
+
+    def moments(self, *, grows: bool) -> list[int]:
+        """The batches to resume behind: within the first epoch, at its end, within the second."""
+        count = len(self.files)
+        early = [1, 2, count // 2, count - 1] if grows else [BATCHES - 2, BATCHES, BATCHES + 3]
+        return sorted({batch for batch in early if batch in self.files})
 
 
-def _through_a_file(state: Any) -> Any:
+def through_a_file(state: Any) -> Any:
+    """What is read of a state that was saved, with ``weights_only``."""
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
+
+
+def foreign_types(state: Any) -> list[str]:
+    """Names of the types in a state that are neither tensors nor builtins."""
+    return list(dict.fromkeys(_foreign(state)))
 
 
 def _foreign(value: Any) -> Iterator[str]:

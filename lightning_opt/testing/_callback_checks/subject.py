@@ -20,13 +20,15 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_opt import registry
+from lightning_opt.callbacks._ownership import Possession, possessions
 from lightning_opt.data import ResumableLoader
 
 from ..contract import ContractError, NotApplicable, require
+from .problem import Problem, WithoutLength, data
 
 EPOCHS, BATCHES, LOG_EVERY = 2, 6, 2
 VOLATILE = ("wall_time",)
@@ -54,33 +56,61 @@ class Subject:
 
     def needs_observer(self) -> None:
         """Raise NotApplicable unless the class is registered as one that only watches."""
-        if self.entry is None or "observer" not in self.entry.capabilities:
-            raise NotApplicable(f"{self.cls.__name__} is not registered with the capability 'observer'")
+        if not self.is_observer:
+            raise NotApplicable(f"{self} is not registered with the capability 'observer', or sets something")
 
     @property
     def is_observer(self) -> bool:
-        """Whether training must be the same with and without it."""
-        return self.entry is not None and "observer" in self.entry.capabilities
+        """Whether training must be the same with and without it: so registered, and it sets nothing as it is built."""
+        return self.entry is not None and "observer" in self.entry.capabilities and not self.owns
+
+    @functools.cached_property
+    def owns(self) -> frozenset[Possession]:
+        """What it sets that nobody else may set."""
+        return possessions(self.build())
+
+    @functools.cached_property
+    def setting(self) -> dict[str, Any]:
+        """The options of the problem that it is tested on.
+
+        A callback that sets the learning rate may refuse a schedule beside it, and Adam: then it is tested without.
+        """
+        settings: list[dict[str, Any]] = [{}, {"scheduled": False}, {"scheduled": False, "adam": False}]
+        for setting in settings if self.owns else []:
+            try:
+                run(self.build(), **setting, max_steps=1, limit_val_batches=0)
+            except MisconfigurationException:
+                continue
+            return setting
+        return {}
+
+    def problem(self, **options: bool | int) -> Problem:
+        """A new problem that it can be tested on."""
+        return Problem(**{**self.setting, **options})  # type: ignore[arg-type]
+
+    def run(self, *others: pl.Callback, **options: Any) -> "Outcome":
+        """Fit with a new callback, in the problem that it can be tested on."""
+        return run(self.build(), *others, **{**self.setting, **options})
 
     @functools.cached_property
     def outcome(self) -> "Outcome":
         """Of the standard run."""
-        return run(self.build())
+        return self.run()
 
-    def run_or_refuse(self, **setting: Any) -> "Outcome":
+    def run_or_refuse(self, **options: Any) -> "Outcome":
         """Run in a setting that a callback may refuse, which it must do clearly and before the first step.
 
         Raises:
             NotApplicable: If it does.
         """
-        module = Problem(**{k: v for k, v in setting.items() if k in Problem.options})
+        module = self.problem(**{k: v for k, v in options.items() if k in Problem.options})
         try:
-            outcome = run(self.build(), module=module, **{k: v for k, v in setting.items() if k not in Problem.options})
+            outcome = self.run(module=module, **options)
         except MisconfigurationException as error:
             require(module.batches == 0, f"refused after {module.batches} batches only: {error}")
             raise NotApplicable(f"refused in setup: {error}") from error
         if self.is_observer:
-            require_same_training(outcome, baseline(**setting), "with the callback against without")
+            require_same_training(outcome, baseline(**options), "with the callback against without")
         return outcome
 
 
@@ -91,92 +121,6 @@ def check(function: Callable[[Subject], None]) -> Callable[[Subject], None]:
     """Enter a check into the kit under the function's name; the first line of its docstring is the promise."""
     CHECKS[function.__name__] = function
     return function
-
-
-class Problem(pl.LightningModule):
-    """A small classifier with what a run may lose: dropout, BatchNorm, a schedule and Adam's state.
-
-    Args:
-        plain: Leave dropout and BatchNorm out, and train by SGD: no random state is used, and the loss of a batch is
-            the mean over its halves.
-        groups: Two parameter groups, the second with another learning rate.
-        frozen: Freeze one layer, and never use another.
-        compiled: Compile the inner network.
-        manual: Optimize by hand.
-        fail_at: Raise ``error`` in this batch, counted from 0.
-    """
-
-    options = ("plain", "groups", "frozen", "compiled", "manual", "fail_at")
-
-    def __init__(
-        self,
-        *,
-        plain: bool = False,
-        groups: bool = False,
-        frozen: bool = False,
-        compiled: bool = False,
-        manual: bool = False,
-        fail_at: int | None = None,
-    ) -> None:
-        super().__init__()
-        noise = [] if plain else [nn.BatchNorm1d(8), nn.Dropout(0.3)]
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            net = nn.Sequential(nn.Linear(6, 8), *noise, nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 3))
-            self.unused = nn.Linear(2, 2) if frozen else None
-        if frozen:
-            net[-2].requires_grad_(False)
-        self.net: nn.Module = torch.compile(net, backend="eager") if compiled else net  # type: ignore[assignment]
-        self.plain, self.groups, self.fail_at = plain, groups, fail_at
-        self.error = RuntimeError("planted by the check")
-        self.automatic_optimization = not manual
-        self.batches = 0
-        self.made: list[torch.optim.Optimizer] = []
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy."""
-        if self.batches == self.fail_at:
-            raise self.error
-        self.batches += 1
-        loss = self._loss(batch)
-        self.log("train/loss", loss)
-        if not self.automatic_optimization:
-            optimizer = self.optimizers()
-            assert not isinstance(optimizer, list)
-            optimizer.zero_grad()
-            self.manual_backward(loss)
-            optimizer.step()
-        return loss
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Cross-entropy."""
-        self.log("val/loss", self._loss(batch))
-
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Cross-entropy."""
-        self.log("test/loss", self._loss(batch))
-
-    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Logits."""
-        return self.net(batch[0])
-
-    def configure_optimizers(self) -> Any:
-        """Adam or SGD with a schedule by step."""
-        named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-        groups: list[dict[str, Any]] = [{"params": [p for _, p in named]}]
-        if self.groups:
-            groups = [
-                {"params": [p for name, p in named if "weight" in name]},
-                {"params": [p for name, p in named if "weight" not in name], "lr": 0.05},
-            ]
-        optimizer = torch.optim.SGD(groups, lr=0.1) if self.plain else torch.optim.Adam(groups, lr=0.01)
-        self.made = [optimizer]
-        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.95)
-        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
-
-    def _loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        inputs, labels = batch
-        return nn.functional.cross_entropy(self.net(inputs), labels)
 
 
 class Rows(Logger):
@@ -194,13 +138,6 @@ class Rows(Logger):
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """Ignored."""
-
-
-class WithoutLength(IterableDataset):
-    """The training data as a stream."""
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(zip(*data(), strict=True))
 
 
 @dataclasses.dataclass
@@ -240,9 +177,10 @@ def run(
         shuffle: Whether their order is random, from a generator of its own.
         length: Whether the training data have one.
         seed: Of the global random states.
-        **options: For the Trainer.
+        **options: For the problem and for the Trainer.
     """
-    module = module or Problem()
+    of_problem = {name: options.pop(name) for name in Problem.options if name in options}
+    module = module or Problem(**of_problem)
     with contextlib.ExitStack() as stack:
         stack.enter_context(one_thread())
         folder = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -287,18 +225,9 @@ def make_trainer(folder: Path, callbacks: tuple[pl.Callback, ...], **options: An
 
 
 @functools.cache
-def baseline(**setting: Any) -> Outcome:
+def baseline(**options: Any) -> Outcome:
     """The run without any callback."""
-    module = Problem(**{k: v for k, v in setting.items() if k in Problem.options})
-    return run(module=module, **{k: v for k, v in setting.items() if k not in Problem.options})
-
-
-@functools.cache
-def data() -> tuple[Tensor, Tensor]:
-    """48 examples."""
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(48, 6, generator=generator)
-    return inputs, (inputs @ torch.randn(6, 3, generator=generator)).argmax(dim=1)
+    return run(**options)
 
 
 def seed_everything(seed: int) -> None:
@@ -333,6 +262,17 @@ def quiet() -> Iterator[None]:
         finally:
             for logger, level in zip(chatter, levels, strict=True):
                 logger.setLevel(level)
+
+
+def require_trained(subject: Subject, outcome: Outcome) -> None:
+    """Require one counted step a batch, or fewer where the callback sets the batch size, and no example left out."""
+    steps, made = outcome.trainer.global_step, len(outcome.module.steps)
+    require(steps == made, f"global_step is {steps} after {made} optimizer steps")
+    require(steps == EPOCHS * BATCHES or "batch size" in subject.owns, f"{steps} steps, not {EPOCHS * BATCHES}")
+    for epoch in range(EPOCHS):
+        seen = torch.cat([numbers for when, numbers in outcome.module.seen if when == epoch]).tolist()
+        odd = sorted(i for i in range(len(data()[0])) if seen.count(i) != 1)
+        require(not odd, f"in epoch {epoch} example {odd[:1]} was trained on {seen.count(odd[0]) if odd else 1} times")
 
 
 def require_same_training(actual: Outcome, expected: Outcome, what: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ..contract import require
-from .subject import LOG_EVERY, Problem, Subject, baseline, check, require_equal, require_same_training, run
+from .subject import LOG_EVERY, Subject, baseline, check, require_equal, require_same_training, run
 
 _WAITS = {"item", "tolist", "numpy", "cpu", "nonzero", "masked_select", "equal", "allclose", "unique"}
 _WAITS |= {"__bool__", "__float__", "__int__", "__index__", "__format__", "__repr__", "__contains__"}
@@ -26,7 +26,7 @@ def leaves_no_trace(subject: Subject) -> None:
 @check
 def uses_no_random_state(subject: Subject) -> None:
     """The global random states of python, numpy and torch are neither used nor changed."""
-    outcome = run(subject.build(), module=Problem(plain=True))
+    outcome = subject.run(plain=True)
     require_equal(outcome.random_states, baseline(plain=True).random_states, "random states after the run")
 
 
