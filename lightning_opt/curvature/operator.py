@@ -93,7 +93,7 @@ class CurvatureOperator(ABC):
         """
         if vector.shape != (self.size,):
             raise ValueError(f"expected a vector [{self.size}], got {list(vector.shape)}")
-        return tuple(part.view(p.shape) for part, p in zip(vector.split(self._sizes), self.params, strict=True))
+        return tuple([part.view(p.shape) for part, p in zip(vector.split(self._sizes), self.params, strict=True)])
 
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """One vector ``[n]`` from tensors in the shapes of the parameters; ``None`` stands for zeros."""
