@@ -50,6 +50,13 @@ NOT_APPLICABLE = {
     "ExponentiatedSGD": {"refuses_wrong_betas", "refuses_wrong_eps"},
     "Lion": {"refuses_wrong_eps", "refuses_wrong_momentum"},
     "LionK": {"refuses_wrong_eps", "refuses_wrong_momentum"},
+    "MirrorSGD": {
+        "refuses_wrong_betas",
+        "refuses_wrong_eps",
+        "refuses_wrong_momentum",
+        "refuses_wrong_weight_decay",
+    },
+    "ProxSGD": {"refuses_wrong_betas", "refuses_wrong_eps", "refuses_wrong_momentum"},
 }
 
 TORCH_FAILURES = {

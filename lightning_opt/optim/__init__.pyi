@@ -9,3 +9,6 @@ from .exponentiated import ExponentiatedAdamW as ExponentiatedAdamW
 from .exponentiated import ExponentiatedSGD as ExponentiatedSGD
 from .lion import Lion as Lion
 from .lion import LionK as LionK
+from .mirror_sgd import MirrorSGD as MirrorSGD
+from .prox_sgd import ProxSGD as ProxSGD
+from .prox_sgd import project_simplex as project_simplex

@@ -89,6 +89,13 @@ class TensorList:
         return self._map(operator.lt, other)
 
 
+def each(function: Callable[..., Tensor], *operands: Any) -> Any:
+    """``function`` of tensors, or of the tensors of lists one by one, for what no ``torch._foreach_*`` offers."""
+    if isinstance(operands[0], TensorList):
+        return TensorList(map(function, *(x.tensors for x in operands)))
+    return function(*operands)
+
+
 def select(condition: Any, a: Any, b: Any) -> Any:
     """``a if condition else b`` for a bool, element by element for a tensor or a :class:`TensorList`."""
     if isinstance(condition, TensorList):

@@ -15,7 +15,7 @@ from ._base import Optimizer, Options
 from ._checks import check_betas
 from ._lion_kernels import KERNELS, direction, validate
 from ._statistics import precise, sample
-from ._tensor_list import TensorList
+from ._tensor_list import each
 
 
 @register(
@@ -175,11 +175,11 @@ class LionK(Optimizer):
     ) -> None:
         """Equation 5 of arXiv:2310.05898."""
         z = c.beta1 * state.exp_avg + c.weight1 * g
-        u = direction(z, kernel, args or {"e": c.e}) if function is None else _each(function, z)
+        u = direction(z, kernel, args or {"e": c.e}) if function is None else each(function, z)
         if auto_scale:
-            u = _each(lambda t: t / t.square().mean().sqrt().clamp_min(torch.finfo(t.dtype).tiny), u)
+            u = each(lambda t: t / t.square().mean().sqrt().clamp_min(torch.finfo(t.dtype).tiny), u)
         if cautious:
-            u = _each(_cautious, u, g)
+            u = each(_cautious, u, g)
         u = u + 0.0 * z  # the sign of NaN is 0, and that of inf is finite: what is wrong must show
         if cautious_weight_decay:
             p.mul_(1 - c.decay * (u * p > 0)).sub_(c.size * u)
@@ -316,12 +316,6 @@ class Lion(LionK):
             cautious_weight_decay=cautious_weight_decay,
             **options,
         )
-
-
-def _each(function: Callable[..., Tensor], *operands: Any) -> Any:
-    if isinstance(operands[0], TensorList):
-        return TensorList(map(function, *(x.tensors for x in operands)))
-    return function(*operands)
 
 
 def _cautious(u: Tensor, g: Tensor) -> Tensor:

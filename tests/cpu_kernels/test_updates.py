@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_opt.optim import AdaBelief, DiffGrad, ExponentiatedAdamW, ExponentiatedSGD, Lion, LionK
+from lightning_opt.optim import AdaBelief, DiffGrad, ExponentiatedAdamW, ExponentiatedSGD, Lion, LionK, ProxSGD
 
 SETTINGS: dict[str, tuple[type, dict[str, Any]]] = {
     "adabelief": (AdaBelief, {"weight_decay": 0.1}),
@@ -30,6 +30,8 @@ SETTINGS: dict[str, tuple[type, dict[str, Any]]] = {
     "eg adamw": (ExponentiatedAdamW, {"weight_decay": 0.1}),
     "eg adamw amsgrad": (ExponentiatedAdamW, {"amsgrad": True, "max_log_step": 0.005}),
     "eg adamw additive": (ExponentiatedAdamW, {"additive": True, "amsgrad": True}),
+    "prox l1": (ProxSGD, {"prox": "l1", "strength": 0.5, "weight_decay": 0.1}),
+    "prox box": (ProxSGD, {"prox": "box", "strength": 0.5, "maximize": True}),
 }
 
 

@@ -210,3 +210,33 @@ def _least_absolute(a, b):
     rows = np.block([[a, -np.eye(n)], [-a, -np.eye(n)]])
     found = linprog(cost, rows, np.concatenate([b, -b]), bounds=[(None, None)] * d + [(0, None)] * n)
     return found.fun
+
+
+@pytest.mark.parametrize(("mu", "share"), [(0.1, 0.2), (0.01, 1.0)])
+def test_strong_convexity_alone_sets_a_good_rate(mu, share):
+    """Ridge logistic regression, nothing tuned: the gap of the first form, beside the constant rate 1/(2L)."""
+    from scipy.optimize import minimize
+    from sklearn.datasets import load_breast_cancer
+
+    x, y = load_breast_cancer(return_X_y=True)
+    x, y = (x - x.mean(0)) / x.std(0), 2.0 * y - 1
+    smooth = 0.25 * np.linalg.eigvalsh(x.T @ x / len(x)).max() + mu
+
+    def loss(w):
+        return np.logaddexp(0, -y * (x @ w)).mean() + mu / 2 * w @ w
+
+    def gradient(w, rows=slice(None)):
+        margin = y[rows] * (x[rows] @ w)
+        return -x[rows].T @ (y[rows] / (1 + np.exp(margin))) / len(margin) + mu * w
+
+    best = minimize(loss, np.zeros(30), jac=gradient, options={"gtol": 1e-10}).fun
+    total = 4000
+    order = np.random.default_rng(0).integers(len(x), size=(total, 16))
+    gaps = []
+    for shape in (rates(build("strongly_convex", total, mu=mu, lipschitz=smooth), total), [0.5 / smooth] * total):
+        w = np.zeros(30)
+        for rate, rows in zip(shape, order, strict=True):
+            w = w - rate * gradient(w, rows)
+        gaps.append(loss(w) - best)
+    assert gaps[0] <= 5e-4
+    assert gaps[0] <= share * gaps[1]

@@ -180,3 +180,40 @@ def test_wrong_values(norms, kwargs, message):
 
 def test_a_short_record_works_with_a_wider_filter():
     assert len(refine_schedule(torch.ones(8), tau=0.4)) == 8
+
+
+# --- effect ---
+
+
+def test_refined_from_a_linear_run_on_digits():
+    """Softmax regression on six principal components: warm-up appears, and the loss is that of tuned linear decay."""
+    from sklearn.datasets import load_digits
+    from sklearn.decomposition import PCA
+
+    x, labels = load_digits(return_X_y=True)
+    x = PCA(6, random_state=0).fit_transform(x)
+    x = np.hstack([(x - x.mean(0)) / x.std(0), np.ones((len(x), 1))])
+    y, total = np.eye(10)[labels], 2000
+    order = np.random.default_rng(0).integers(len(x), size=(total, 16))
+
+    def softmax(z):
+        e = np.exp(z - z.max(1, keepdims=True))
+        return e / e.sum(1, keepdims=True)
+
+    def train(shape, rate):
+        w, norms = np.zeros((7, 10)), []
+        for factor, rows in zip(shape, order, strict=True):
+            g = x[rows].T @ (softmax(x[rows] @ w) - y[rows]) / 16
+            w, _ = w - rate * factor * g, norms.append(np.linalg.norm(g))
+        return -np.log((softmax(x @ w) * y).sum(1)).mean(), norms
+
+    grid = (0.5, 1.0, 2.0, 4.0)
+    linear = np.linspace(1, 0, total + 1)[:-1]
+    losses, norms = zip(*(train(linear, rate) for rate in grid), strict=True)
+    refined = refine_schedule(torch.tensor(norms[int(np.argmin(losses))])).numpy()
+    best = {"linear": min(losses)}
+    best |= {name: min(train(s, r)[0] for r in grid) for name, s in (("flat", np.ones(total)), ("refined", refined))}
+    assert best["refined"] <= 1.01 * best["linear"]
+    assert best["linear"] <= 0.98 * best["flat"]
+    assert 0.05 <= refined.argmax() / total <= 0.4
+    assert refined[0] < 0.3

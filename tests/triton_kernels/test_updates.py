@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_opt.optim import AdaBelief, DiffGrad, ExponentiatedAdamW, ExponentiatedSGD, Lion, LionK
+from lightning_opt.optim import AdaBelief, DiffGrad, ExponentiatedAdamW, ExponentiatedSGD, Lion, LionK, ProxSGD
 from lightning_opt.triton_kernels import launch
 
 SETTINGS: dict[str, tuple[type, dict[str, Any]]] = {
@@ -31,6 +31,8 @@ SETTINGS: dict[str, tuple[type, dict[str, Any]]] = {
     "eg adamw": (ExponentiatedAdamW, {"lr": 1e-2}),
     "eg adamw amsgrad": (ExponentiatedAdamW, {"lr": 1e-2, "amsgrad": True, "max_log_step": 0.005}),
     "eg adamw additive": (ExponentiatedAdamW, {"lr": 1e-2, "additive": True, "maximize": True}),
+    "prox l1": (ProxSGD, {"lr": 0.1, "prox": "l1", "strength": 0.5, "weight_decay": 0.1}),
+    "prox box": (ProxSGD, {"lr": 0.1, "prox": "box", "strength": 0.5}),
 }
 SIZES = [1, 7, 1023, 1025]
 
