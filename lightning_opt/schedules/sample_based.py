@@ -1,15 +1,16 @@
 """A learning rate that is a function of the samples processed, not of the steps (arXiv:2402.11215, experiments)."""
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from lightning_opt._checks import check_choice, check_interval
 from lightning_opt.registry import register
+
+from ._base import StepSchedule, check_steps
 
 
 @register(
@@ -18,7 +19,7 @@ from lightning_opt.registry import register
     paper="2402.11215",
     card="adaptive-batch-size",
 )
-class SampleBasedLR(LRScheduler):
+class SampleBasedLR(StepSchedule):
     r"""Warms up linearly, then decays, by the number of samples processed.
 
     With :math:`s` samples processed *with* the step that is made, warm-up :math:`W` and decay :math:`D`, the base rate
@@ -36,7 +37,7 @@ class SampleBasedLR(LRScheduler):
 
     Args:
         optimizer: Its groups' ``lr`` are the peak rates.
-        batch_size: Samples of an optimizer step on all ranks, at the beginning.
+        batch_size: Samples of an optimizer step on all ranks, at the beginning; an attribute that may be set.
         lr_decay_samples: Samples at which the decay ends; not needed for ``"constant"``.
         warmup_samples: Samples of the warm-up.
         decay: ``"cosine"``, ``"linear"`` or ``"constant"``.
@@ -60,8 +61,6 @@ class SampleBasedLR(LRScheduler):
         [0.5]
     """
 
-    interval: ClassVar[Literal["step"]] = "step"
-
     def __init__(
         self,
         optimizer: Optimizer,
@@ -73,21 +72,24 @@ class SampleBasedLR(LRScheduler):
         last_epoch: int = -1,
     ) -> None:
         check_choice("decay", decay, ["cosine", "linear", "constant"])
-        check_interval("batch_size", batch_size, 1)
-        check_interval("warmup_samples", warmup_samples, 0)
+        self.batch_size = check_steps("batch_size", batch_size, 1)
+        self.warmup_samples = check_steps("warmup_samples", warmup_samples, 0)
         check_interval("min_factor", min_factor, 0.0, 1.0)
+        if lr_decay_samples is not None:
+            lr_decay_samples = check_steps("lr_decay_samples", lr_decay_samples, 1)
         if decay != "constant":
             if lr_decay_samples is None:
                 raise ValueError(f"lr_decay_samples must be given for decay={decay!r}: samples of the whole run")
-            if not lr_decay_samples > warmup_samples:
+            if lr_decay_samples <= warmup_samples:
                 raise ValueError(
                     f"lr_decay_samples must be above warmup_samples={warmup_samples}, got {lr_decay_samples}"
                 )
-        self.batch_size, self.lr_decay_samples, self.warmup_samples = batch_size, lr_decay_samples, warmup_samples
-        self.decay, self.min_factor = decay, min_factor
-        self.samples = 0
+        self.lr_decay_samples, self.decay, self.min_factor = lr_decay_samples, decay, min_factor
+        self.samples = 0  # processed
         self._started = False
-        super().__init__(optimizer, last_epoch)
+        if isinstance(last_epoch, int) and last_epoch >= 0:  # in the middle of a run
+            self.samples = (last_epoch + 1) * self.batch_size
+        super().__init__(optimizer, None, "hold", last_epoch)
 
     def factor(self, samples: int, batch_size: int) -> float:
         """What the peak rate is multiplied by in a step of ``batch_size`` samples behind ``samples`` others."""
@@ -110,6 +112,11 @@ class SampleBasedLR(LRScheduler):
         super().step()
 
     @override
-    def get_lr(self) -> list[float | Tensor]:
-        factor = self.factor(self.samples, self.batch_size)
-        return [base * factor for base in self.base_lrs]
+    def rate(self, step: int, base: float | Tensor, group: dict[str, Any]) -> float | Tensor:
+        return base * self.factor(self.samples, self.batch_size)
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the saved schedule, with the batch size that it had come to."""
+        self.batch_size = state_dict.get("batch_size", self.batch_size)
+        super().load_state_dict(state_dict)

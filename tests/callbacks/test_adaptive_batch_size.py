@@ -23,9 +23,17 @@ from lightning_opt.callbacks import AdaptiveBatchSize, OptimizerMonitor, ResumeS
 from lightning_opt.data import ResumableLoader
 from lightning_opt.gradient_noise import GradientStatistics, required_batch_size
 from lightning_opt.schedules import SampleBasedLR
-from lightning_opt.testing import check_callback
 from lightning_opt.testing._callback_checks.subject import Rows
 from lightning_opt.testing._ranks import on_two_ranks
+
+# thresholds that no test of the contract's runs exceeds: it counts their steps
+settings = {
+    "AdaptiveBatchSize": [
+        {"eta": 1e3, "test_interval": 2},
+        {"test": "augmented_inner_product", "theta": 1e6, "nu": 1e6, "test_interval": 1, "ema": 0.5},
+        {"test": "coordinate", "eta": 1e9, "test_interval": 1, "b0": 8, "max_micro": 4},
+    ]
+}
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -127,28 +135,6 @@ def parameters(module):
 
 
 GROWING = {"eta": 0.5, "test_interval": 1, "growth_cap": 1.5}
-
-
-# --- the contract ---
-
-
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        {"eta": 1e3, "test_interval": 2},
-        {"eta": math.inf, "estimator": "micro", "lr_scale": "none"},
-        {"test": "augmented_inner_product", "theta": 1e6, "nu": 1e6, "test_interval": 1},
-    ],
-)
-def test_passes_the_contract(kwargs):
-    report = check_callback(AdaptiveBatchSize, **kwargs)
-    assert set(report.not_applicable) == {
-        "leaves_no_trace",  # it is no observer
-        "waits_for_nothing_between_logged_steps",
-        "accumulates_gradients",  # refused: the callback accumulates
-        "trains_by_manual_optimization",
-        "trains_on_data_without_length",
-    }
 
 
 # --- samples ---
@@ -558,7 +544,22 @@ def fit_rank(kwargs):
 
 
 def fit_ranks(settings):
-    return [fit_rank(kwargs) for kwargs in settings]
+    settings, folder = settings
+    return [[fit_rank(kwargs) for kwargs in settings], resume_rank(folder)]
+
+
+def resume_rank(folder):
+    """Parameters of a run, and of it resumed from several batches, mostly within a window that tests."""
+
+    def run(*callbacks, ckpt_path=None):
+        callback = AdaptiveBatchSize("augmented_inner_product", theta=0.5, **GROWING, max_micro=5)
+        strategy = DDPStrategy(process_group_backend="gloo")
+        callbacks = [callback, ResumeState(), *callbacks]
+        module, trainer = fit(callbacks, size=99, ckpt_path=ckpt_path, devices=2, strategy=strategy)
+        return torch.cat([parameters(module), torch.tensor([float(callback.batch_size), trainer.global_step])])
+
+    saver = Save(folder)
+    return [run(saver), *(run(ckpt_path=path) for path in saver.paths[2:12:3])]
 
 
 RANKS = [
@@ -571,8 +572,10 @@ RANKS = [
 ]
 
 
-def test_two_ranks_decide_alike_and_weigh_every_sample_alike():
-    first, second = on_two_ranks(fit_ranks, RANKS)
+def test_two_ranks_decide_alike_and_weigh_every_sample_alike(tmp_path):
+    (first, whole_and_resumed), (second, on_rank_one) = on_two_ranks(fit_ranks, (RANKS, tmp_path))
+    assert len(whole_and_resumed) == 5
+    assert all(torch.equal(run, whole_and_resumed[0]) for run in [*whole_and_resumed, *on_rank_one])
     for kwargs, a, b in zip(RANKS, first, second, strict=True):
         assert a["state"] == b["state"], kwargs
         assert a["steps"] == b["steps"]

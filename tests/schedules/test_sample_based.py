@@ -6,6 +6,13 @@ import torch
 
 from lightning_opt.schedules import SampleBasedLR
 
+settings = {
+    "SampleBasedLR": [
+        {"batch_size": 8, "lr_decay_samples": 96, "warmup_samples": 16},
+        {"batch_size": 8, "decay": "constant", "warmup_samples": 40},
+    ]
+}
+
 
 def rates(batches, lr=2.0, **kwargs):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
@@ -62,10 +69,13 @@ def test_a_saved_schedule_is_continued():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"batch_size": 0, "decay": "constant"}, "batch_size must be >= 1 and finite, got 0"),
+        ({"batch_size": 0, "decay": "constant"}, "batch_size must be an integer >= 1, got 0"),
         ({"batch_size": 8}, "lr_decay_samples must be given for decay='cosine'"),
         ({"batch_size": 8, "lr_decay_samples": 10, "warmup_samples": 10}, "must be above warmup_samples=10, got 10"),
-        ({"batch_size": 8, "lr_decay_samples": 10, "warmup_samples": -1}, "warmup_samples must be >= 0"),
+        (
+            {"batch_size": 8, "lr_decay_samples": 10, "warmup_samples": -1},
+            "warmup_samples must be an integer >= 0, got -1",
+        ),
         ({"batch_size": 8, "lr_decay_samples": 10, "min_factor": 2.0}, r"min_factor must be in \[0.0, 1.0\], got 2.0"),
         ({"batch_size": 8, "decay": "cos"}, "decay must be one of"),
     ],
