@@ -1,4 +1,4 @@
-from typing import ClassVar, Literal, Protocol, get_args, runtime_checkable
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, StochasticWeightAveraging
@@ -14,13 +14,11 @@ _OF_LIGHTNING: dict[type[Callback], frozenset[Possession]] = {
 
 @runtime_checkable
 class Owner(Protocol):
-    """A callback that sets something that nobody else may set in the same run.
+    """A callback that sets something that nobody else may set in the same run."""
 
-    Attributes:
-        owns: What it sets.
-    """
-
-    owns: ClassVar[frozenset[Possession]]
+    @property
+    def owns(self) -> frozenset[Possession]:
+        """What it sets; an attribute of the class, or of a callback that sets it in some settings only."""
 
 
 def check_sole_owner(trainer: pl.Trainer, callback: Owner) -> None:

@@ -1,6 +1,7 @@
 from . import callbacks as callbacks
 from . import cli as cli
 from . import cpu_kernels as cpu_kernels
+from . import curvature as curvature
 from . import data as data
 from . import models as models
 from . import optim as optim

@@ -44,9 +44,12 @@ OWNERS_ONLY = {"refuses_a_second_owner", "does_not_overrule_a_schedule_silently"
 
 # What a callback does not do, or refuses in setup, beyond what follows from its being an observer or an owner.
 NOT_APPLICABLE = {
+    "LanczosLRLearner": {"trains_by_manual_optimization"},
     "ResumeState": {"logs_under_its_prefix"},
     "RunReport": {"logs_under_its_prefix"},
     "ScheduleCheck": {"logs_under_its_prefix"},
+    "StabilityBooster": {"trains_by_manual_optimization"},
+    "StabilityMonitor": {"trains_by_manual_optimization"},
 }
 
 CALLBACKS = {entry.name: entry for entry in registry.entries("callback")}
@@ -56,10 +59,10 @@ SETTINGS = collect_settings(Path(__file__).parent / "callbacks")
 def _ours(name: str, kwargs: dict[str, Any]) -> Case:
     entry = CALLBACKS[name]
     not_applicable = set(NOT_APPLICABLE.get(name, ()))
-    if "observer" not in entry.capabilities:
-        not_applicable |= OBSERVERS_ONLY
     callback = entry.target(**kwargs)
-    if not isinstance(callback, Owner):
+    if "observer" not in entry.capabilities or getattr(callback, "owns", None):
+        not_applicable |= OBSERVERS_ONLY
+    if not isinstance(callback, Owner) or not callback.owns:
         not_applicable |= OWNERS_ONLY
     elif "learning rate" not in callback.owns:
         not_applicable.add("does_not_overrule_a_schedule_silently")

@@ -1,17 +1,16 @@
 """Compiles a method's elementwise update into a kernel that walks many tensors, with numba."""
 
 from collections import namedtuple
-from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
 import numba
 from numba import types
 
-from ._memory import item, loader, prefetcher, row_reader, storer
+from ._memory import item, loader, prefetcher, row_reader, storer, take
 
 # Python's checks of divisors would prevent vectorization.
-_OPTIONS = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
+_OPTIONS = {"error_model": "numpy", "no_cfunc_wrapper": True}
 # Memory is asked for 512 elements before it is needed, 128 elements at a time: the processor's own guesses end at every
 # page of 4 KiB, and the more instructions an update has the less far ahead they reach.
 _AHEAD, _BLOCK = 512, 128
@@ -25,7 +24,7 @@ def compiled(
     dtypes: tuple[str, ...],
     maximize: bool,
     stochastic_rounding: bool,
-) -> Callable[..., None]:
+) -> Any:
     """The kernel of a method for tensors of certain dtypes.
 
     Args:
@@ -41,23 +40,22 @@ def compiled(
         stochastic_rounding: Round results that are stored as bfloat16 stochastically.
 
     Returns:
-        A function of addresses and numbers (see ``kernel`` below) that needs no GIL.
+        A C function (a ``CFunc`` of numba) of the address of a job. It takes pieces of the job until none is left, so
+        that several threads may share one. A job is a row of int64, tables and numbers that ``work`` below names.
     """
     method = getattr(import_module(f".{name}", __package__), name)
     update = numba.njit(method(**dict(flags)), **_OPTIONS, no_cpython_wrapper=True)
-    work = types.float64 if dtypes[0] == "float64" else types.float32
-    element = types.NamedUniTuple(work, len(dtypes), namedtuple("Element", ("p", "g", *states)))
-    numbers = types.NamedUniTuple(work, len(coefficients), namedtuple("Coefficients", coefficients))
-    load, store, prefetch = loader(dtypes, element), storer(dtypes, work), prefetcher(dtypes)
+    number = types.float64 if dtypes[0] == "float64" else types.float32
+    element = types.NamedUniTuple(number, len(dtypes), namedtuple("Element", ("p", "g", *states)))
+    row = types.NamedUniTuple(number, len(coefficients), namedtuple("Coefficients", coefficients))
+    load, store, prefetch = loader(dtypes, element), storer(dtypes, number), prefetcher(dtypes)
     slots_of = row_reader(types.UniTuple(types.int64, len(dtypes)))
-    coefficients_of = row_reader(numbers)
+    coefficients_of = row_reader(row)
     key_of = row_reader(types.UniTuple(types.uint32, len(dtypes)))
-    line = 512 // work.bitwidth  # elements of the 64 bytes that memory moves at once
+    line = 512 // number.bitwidth  # elements of the 64 bytes that memory moves at once
 
     def kernel(addresses, starts, coefficients, per_tensor, keys, tensor, begin, end):
-        # Addresses of tables: of each tensor's slots (parameter, gradient, states), where each tensor starts in the
-        # row of all elements, one row of coefficients for all tensors or a row for each, keys of random bits.
-        # Then the elements to update, and the tensor that the first is in.
+        # Updates the elements from begin to end of the row of all tensors' elements; the first is in that tensor.
         while begin < end:
             start, stop = item(starts, tensor), item(starts, tensor + 1)
             slots = slots_of(addresses, tensor)
@@ -74,4 +72,18 @@ def compiled(
             begin = stop
             tensor += 1
 
-    return numba.njit(types.void(*[types.int64] * 8), **_OPTIONS)(kernel)
+    kernel = numba.njit(types.void(*[types.int64] * 8), **_OPTIONS, no_cpython_wrapper=True)(kernel)
+
+    def work(job):
+        # Tables: of each tensor's slots (parameter, gradient, states), where each tensor starts in the row of all
+        # elements, one row of coefficients for all tensors or a row for each, keys of random bits, where each piece
+        # starts, and the tensor it starts in.
+        addresses, starts, coefficients = item(job, 0), item(job, 1), item(job, 2)
+        per_tensor, keys, bounds, tensors = item(job, 3), item(job, 4), item(job, 5), item(job, 6)
+        piece = take(job, 8)
+        while piece < item(job, 7):
+            begin, end = item(bounds, piece), item(bounds, piece + 1)
+            kernel(addresses, starts, coefficients, per_tensor, keys, item(tensors, piece), begin, end)
+            piece = take(job, 8)
+
+    return numba.cfunc(types.void(types.int64), error_model="numpy")(work)

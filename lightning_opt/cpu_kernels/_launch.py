@@ -1,11 +1,7 @@
 """The one launcher of the fused CPU kernels."""
 
-import os
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
-from itertools import pairwise
 from operator import attrgetter
 from typing import Any
 
@@ -14,6 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_opt._layout import stage
+
+from . import _threads
 
 _DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 _ELEMENTS_A_THREAD = 1 << 16  # fewer, about 50 us of work, are not worth waking a thread
@@ -77,28 +75,21 @@ def launch(
     addresses = np.array([list(map(Tensor.data_ptr, column)) for column in columns], np.int64).T.copy()
     rows, per_tensor = _rows(coefficients, len(params), np.float64 if dtypes[0] == "float64" else np.float32)
     keys = _keys(coefficients["step"], numbers, len(columns)) if stochastic_rounding else None
-    tables = (
-        addresses.ctypes.data,
-        starts.ctypes.data,
-        rows.ctypes.data,
-        per_tensor,
-        0 if keys is None else keys.ctypes.data,
-    )
-
-    def piece(begin: int, end: int) -> None:
-        kernel(*tables, bisect_right(starts, begin) - 1, begin, end)
-
-    _in_pieces(piece, int(starts[-1]))
+    threads, bounds = _pieces(int(starts[-1]))
+    tensors = np.searchsorted(starts, bounds, side="right") - 1
+    tables = (addresses, starts, rows, per_tensor, keys, bounds, tensors, len(bounds) - 1, 0)
+    job = np.array([x.ctypes.data if isinstance(x, np.ndarray) else int(x or 0) for x in tables], np.int64)
+    _threads.run(kernel, job.ctypes.data, threads)
     for tensor, copy in back:
         tensor.detach().copy_(copy)
     torch.autograd.graph.increment_version(params)  # a graph that still needs the old values must notice
 
 
 @cache
-def _kernel(*key: Any) -> Callable[..., None]:
+def _kernel(*key: Any) -> Callable[[int], None]:
     from ._compile import compiled  # imports numba: half a second, only where a kernel runs
 
-    return compiled(*key)
+    return compiled(*key).ctypes
 
 
 def _dtype(column: list[Tensor]) -> str:
@@ -138,30 +129,10 @@ def _keys(step: Any, numbers: Sequence[int], slots: int) -> np.ndarray:
     return mix(np.uint32(np.array(step)).reshape(-1, 1) + mix(tensor * np.uint32(8) + slot))
 
 
-def _in_pieces(function: Callable[[int, int], None], size: int) -> None:
-    """Call ``function(begin, end)`` on consecutive pieces of ``range(size)``, in parallel where that pays."""
-    threads = min(torch.get_num_threads(), size // _ELEMENTS_A_THREAD)
-    if threads < 2:
-        function(0, size)
-        return
-    count = 4 * threads  # a thread that is held up leaves pieces to the others
-    bounds = [size * k // count // 64 * 64 for k in range(count)] + [size]
-    pieces = iter(list(pairwise(bounds)))
-
-    def work() -> None:
-        for begin, end in pieces:
-            function(begin, end)
-
-    others = [_pool(os.getpid()).submit(work) for _ in range(threads - 1)]
-    try:
-        work()
-    finally:  # also when interrupted: they read tables of the caller
-        wait(others)
-    for other in others:
-        other.result()
-
-
-@cache
-def _pool(process: int) -> ThreadPoolExecutor:
-    """The threads of this process; those of its parent do not survive a fork."""
-    return ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1), thread_name_prefix="lightning_opt")
+def _pieces(size: int) -> tuple[int, np.ndarray]:
+    """How many threads are worth their while, and where the pieces start that they share; the end comes last."""
+    threads = max(1, min(torch.get_num_threads(), size // _ELEMENTS_A_THREAD))
+    count = 1 if threads == 1 else 4 * threads  # a thread that is held up leaves pieces to the others
+    bounds = np.arange(count + 1) * size // count // 64 * 64
+    bounds[-1] = size
+    return threads, bounds

@@ -23,6 +23,16 @@ def item(typingctx, table, i):
     return types.int64(table, i), codegen
 
 
+@intrinsic
+def take(typingctx, table, i):
+    """Number i of a table of int64, which grows by one; no two threads get the same."""
+
+    def codegen(context, builder, signature, args):
+        return builder.atomic_rmw("add", _pointer(builder, args[0], _INT64, args[1]), _INT64(1), "monotonic")
+
+    return types.int64(table, i), codegen
+
+
 def row_reader(result):
     """A function ``(table, i)`` that reads row i of a table of numbers as a tuple."""
 

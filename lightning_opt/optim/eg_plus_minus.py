@@ -33,6 +33,8 @@ class EGPlusMinus(Optimizer):
         budget: Bound of the 1-norm of each tensor, or None.
         momentum: Momentum of the gradient.
         beta: Without a budget, sets :math:`p q = \beta^2 / 4` at the start.
+        max_log_step: Largest change of :math:`\log p` and :math:`\log q` in a step before scaling, or None (ours: a
+            single large gradient would overflow).
         **options: ``maximize``, ``foreach``, ``capturable``, ``differentiable``, ``state_dtype``, as
             :class:`lightning_opt.optim.Options` says. There is no fused kernel.
 
@@ -61,14 +63,18 @@ class EGPlusMinus(Optimizer):
         momentum: float = 0.0,
         *,
         beta: float = 1e-3,
+        max_log_step: float | None = 1.0,
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(params, {"lr": lr, "budget": budget, "momentum": momentum, "beta": beta}, **options)
+        defaults = {"lr": lr, "budget": budget, "momentum": momentum, "beta": beta, "max_log_step": max_log_step}
+        super().__init__(params, defaults, **options)
 
     @override
     def validate(self, group: dict[str, Any]) -> None:
         check_interval("momentum", group["momentum"], 0.0)
         check_interval("beta", group["beta"], 0.0, closed="(]")
+        if group["max_log_step"] is not None:
+            check_interval("max_log_step", group["max_log_step"], 0.0, closed="(]")
         if group["budget"] is not None:
             check_interval("budget", group["budget"], 0.0, closed="(]")
         for p in group["params"]:
@@ -101,7 +107,8 @@ class EGPlusMinus(Optimizer):
 
     @override
     def coefficients(self, step: Any, lr: Any, group: dict[str, Any]) -> dict[str, Any]:
-        return {"lr": lr, "momentum": group["momentum"], "budget": group["budget"]}
+        limit = float("inf") if group["max_log_step"] is None else group["max_log_step"]
+        return {"lr": lr, "momentum": group["momentum"], "budget": group["budget"], "limit": limit}
 
     @override
     def flags(self, group: dict[str, Any]) -> dict[str, Any]:
@@ -112,7 +119,8 @@ class EGPlusMinus(Optimizer):
         """Section 3 of Kivinen and Warmuth (1997)."""
         if momentum:
             g = state.momentum_buffer.mul_(c.momentum).add_(g)
-        factor = (-c.lr * g).exp()
+            g = g + 0.0 * g  # NaN where it is infinite: clamped below, it would stay unseen
+        factor = (-c.lr * g).clamp(-c.limit, c.limit).exp()
         state.p.mul_(factor)
         state.q.div_(factor)
         if normalised:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_opt.cpu_kernels import _launch, launch, unsupported
+from lightning_opt.cpu_kernels import _compile, _launch, _threads, launch, unsupported
 from lightning_opt.optim import AdaBelief, Lion, LionK
 
 # p - size * g, and the state becomes 2 g
@@ -192,7 +192,10 @@ def test_autograd_notices_the_change():
 # --- threads -----------------------------------------------------------------------------------------------------
 
 
-def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
+@pytest.mark.parametrize("openmp", [True, False])
+def test_any_number_of_threads_gives_the_same_bits(openmp, monkeypatch):
+    if not openmp:
+        monkeypatch.setattr(_threads, "_parallel", lambda: None)
     sizes = [5, 3 * _launch._ELEMENTS_A_THREAD, 1, 0, _launch._ELEMENTS_A_THREAD + 3, 64]
     ends = []
     for threads in (1, 2, 3, 7):
@@ -208,7 +211,7 @@ def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
 
 
 def test_optimizers_may_step_in_several_threads(monkeypatch):
-    """The first calls compile at the same time, then all share the pool of threads."""
+    """The first calls compile at the same time."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     _launch._kernel.cache_clear()
 
@@ -234,7 +237,7 @@ def test_a_forked_process_has_threads_of_its_own(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     p, g, m = (torch.randn(3 * _launch._ELEMENTS_A_THREAD) for _ in range(3))
     expected = (p - 0.5 * g - 0.5 * g).numpy()
-    descend([p], [g], [m])  # the pool of this process is in use
+    descend([p], [g], [m])  # the threads of this process are in use
     child = os.fork()
     if child == 0:  # torch's own threads would hang here: only the launcher and numpy
         signal.alarm(30)
@@ -306,15 +309,15 @@ def test_the_loop_is_vectorized(cls, options):
     """The kernel uses registers of several numbers: without the annotations of aliasing LLVM would give up."""
     p = nn.Parameter(torch.randn(64))
     p.grad = torch.randn(64)
-    compiled = []
-    original = _launch._kernel
+    kernels = []
+    original = _compile.compiled
 
     def spy(*key: Any) -> Any:
-        compiled.append(original(*key))
-        return compiled[-1]
+        kernels.append(original(*key))
+        return kernels[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_launch, "_kernel", spy)
+        patch.setattr(_compile, "compiled", spy)
+        _launch._kernel.cache_clear()
         cls([p], **options, fused=True).step()
-    [llvm] = compiled[0].inspect_llvm().values()
-    assert " x float>" in llvm
+    assert " x float>" in kernels[0].inspect_llvm()

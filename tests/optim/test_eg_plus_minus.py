@@ -106,6 +106,22 @@ def test_momentum_accumulates_the_gradient():
     torch.testing.assert_close(path[3], 2 * (-0.1 * g * (1 + 1.5 + 1.75)).sinh(), rtol=1e-14, atol=0)
 
 
+@FOREACH
+@pytest.mark.parametrize("budget", [None, 5.0])
+def test_a_huge_gradient_moves_the_parts_by_the_guarded_factor(budget, foreach):
+    """Unguarded, e^300 overflows float32: the weight would be NaN."""
+    weight = nn.Parameter(torch.tensor([1.0, -1.0]))
+    optimizer = EGPlusMinus([weight], lr=1.0, budget=budget, beta=0.1, max_log_step=0.5, foreach=foreach)
+    weight.grad = torch.zeros(2)
+    optimizer.step()
+    p, q = (optimizer.state[weight][name].clone() for name in ("p", "q"))
+    weight.grad = torch.tensor([300.0, -300.0])
+    optimizer.step()
+    up, down = torch.tensor([-0.5, 0.5]).exp(), torch.tensor([0.5, -0.5]).exp()
+    scale = 1.0 if budget is None else budget / (p * up + q * down).sum()
+    torch.testing.assert_close(weight.detach(), scale * (p * up - q * down), rtol=1e-6, atol=1e-6)
+
+
 # --- published effect ---
 
 
@@ -186,6 +202,7 @@ def test_parts_of_other_weights_are_refused():
         ({"budget": 0.0}, "budget must be > 0.0 and finite, got 0.0"),
         ({"budget": -1.0}, "budget must be > 0.0 and finite, got -1.0"),
         ({"momentum": -0.1}, "momentum must be >= 0.0 and finite, got -0.1"),
+        ({"max_log_step": 0.0}, "max_log_step must be > 0.0 and finite, got 0.0"),
         ({"beta": 0.0}, "beta must be > 0.0 and finite, got 0.0"),
     ],
 )

@@ -28,8 +28,8 @@ def sets_only_what_it_owns(subject: Subject) -> None:
 @check
 def refuses_a_second_owner(subject: Subject) -> None:
     """A callback that ``owns`` something refuses, before the first step, another one that sets the same."""
-    if not isinstance(subject.build(), Owner):
-        raise NotApplicable(f"{subject.cls.__name__} has no attribute 'owns'")
+    if not isinstance(subject.build(), Owner) or not subject.owns:
+        raise NotApplicable(f"{subject.cls.__name__} owns nothing")
     for rival in (_Rival(subject.owns), subject.build()):
         module = subject.problem()
         try:

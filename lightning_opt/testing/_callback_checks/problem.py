@@ -72,6 +72,10 @@ class Problem(pl.LightningModule):
         options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         self.steps.append((self.batches, copy.deepcopy(options)))
 
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Logits."""
+        return self.net(inputs)
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Cross-entropy."""
         if self.fail_at is not None and self.batches > self.fail_at:

@@ -56,13 +56,13 @@ class Subject:
 
     def needs_observer(self) -> None:
         """Raise NotApplicable unless the class is registered as one that only watches."""
-        if self.entry is None or "observer" not in self.entry.capabilities:
-            raise NotApplicable(f"{self.cls.__name__} is not registered with the capability 'observer'")
+        if not self.is_observer:
+            raise NotApplicable(f"{self} is not registered with the capability 'observer', or sets something")
 
     @property
     def is_observer(self) -> bool:
-        """Whether training must be the same with and without it."""
-        return self.entry is not None and "observer" in self.entry.capabilities
+        """Whether training must be the same with and without it: so registered, and it sets nothing as it is built."""
+        return self.entry is not None and "observer" in self.entry.capabilities and not self.owns
 
     @functools.cached_property
     def owns(self) -> frozenset[Possession]:

@@ -1,0 +1,47 @@
+"""Reading and setting the learning rate of an optimizer whose groups may have different ones."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def only_optimizer(trainer: pl.Trainer, callback: pl.Callback) -> Optimizer:
+    """The Trainer's optimizer; to be called in ``on_fit_start``.
+
+    Raises:
+        MisconfigurationException: If there are none or several.
+    """
+    if len(trainer.optimizers) != 1:
+        raise MisconfigurationException(
+            f"{type(callback).__name__} needs a run with one optimizer, this one has {len(trainer.optimizers)}."
+        )
+    return trainer.optimizers[0]
+
+
+def largest_lr(optimizer: Optimizer) -> float:
+    """The largest learning rate of the groups."""
+    return max(float(group["lr"]) for group in optimizer.param_groups)
+
+
+def scale_lr(trainer: pl.Trainer, optimizer: Optimizer, factor: float) -> None:
+    """Multiply the rate of every group, and what schedulers start from, so that schedules keep their shape."""
+    for group in optimizer.param_groups:
+        set_lr(group, float(group["lr"]) * factor)
+        if "initial_lr" in group:
+            group["initial_lr"] = float(group["initial_lr"]) * factor
+    for config in trainer.lr_scheduler_configs:
+        scheduler: Any = config.scheduler
+        for name in ("base_lrs", "_last_lr"):
+            if hasattr(scheduler, name):
+                setattr(scheduler, name, [float(lr) * factor for lr in getattr(scheduler, name)])
+
+
+def set_lr(group: dict[str, Any], lr: float) -> None:
+    """Set the rate of a group, in place where it is a tensor."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr
