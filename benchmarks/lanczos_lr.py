@@ -11,9 +11,9 @@ begins at a rate 100 times too small and 100 times too large, a hundredth and a 
 with the loss 10 times as small and as large, at the rate 0.1. Five seeds set initial weights and order, the same for
 all. The learner takes its default arguments.
 
-Cost: the time of one refresh (on 32 samples, the default, and on the whole batch) beside that of one training step of the
-Fashion-MNIST ResNet, paired; from it the share of a run of 10 epochs that all refreshes take by the default cadence, as
-the callback chooses it, and by one refresh every 20 steps.
+Cost: the time of one refresh (on 32 samples, the default, and on the whole batch) beside that of one training step of
+the Fashion-MNIST ResNet, paired; from it the share of a run of 10 epochs that all refreshes take by the default
+cadence, as the callback chooses it, and by one refresh every 20 steps.
 
 Every run is written to ``benchmarks/results/lanczos_lr.json`` when it ends, and is skipped until a setting changes.
 """

@@ -139,7 +139,8 @@ def _draw_edge(points: Points, axes: "Axes") -> None:
     marker = "o" if len(points["sharpness"][0]) < 60 else ""
     axes.plot(*points["edge"], color=COLORS[1], linewidth=1.4, linestyle="--", label=r"edge, $2(1+\beta)/\eta$")
     axes.plot(*points["sharpness"], color=COLORS[0], linewidth=1.4, marker=marker, markersize=2.5, label="sharpness")
-    axes.set(xlabel="step", ylim=(0, None))
+    largest = max(max(points["sharpness"][1]), max(points["edge"][1]))
+    axes.set(xlabel="step", ylim=(0, 1.1 * min(largest, 3 * max(points["edge"][1]))))  # not a spike, the edge matters
     axes.legend(frameon=False)
 
 
@@ -152,5 +153,6 @@ def _draw_shares(points: Points, axes: "Axes") -> None:
     low = [v - e for v, e in zip(values, errors, strict=True)]
     high = [v + e for v, e in zip(values, errors, strict=True)]
     axes.fill_between(steps, low, high, color=COLORS[0], alpha=0.2, linewidth=0)
-    axes.set(xlabel="step", ylim=(0, None))
+    largest = max(max(points[name][1]) for name in ("rho_tr", "rho_top", "rho_mix"))
+    axes.set(xlabel="step", ylim=(0, 1.1 * max(1.0, min(largest, 3.0))))
     axes.legend(frameon=False)

@@ -71,8 +71,8 @@ class LanczosLRLearner(pl.Callback):
 
     When: at steps 0, 1, 2, 4, 8, ... until refreshes are as far apart as ``max_overhead`` demands, or every
     ``refresh_every_n_steps``. The doubling goes on in any case, so a run of T steps has at least log2(T) + 2 refreshes,
-    which in a short one are more than that share. The interval is chosen once, at step 16, from times measured until then; it is saved, so
-    a run that is killed later resumes exactly. One that is killed before chooses it then.
+    which in a short one are more than that share. The interval is chosen once, at step 16, from times measured until
+    then; it is saved, so a run that is killed later resumes exactly. One that is killed before chooses it then.
 
     Parameter groups keep the ratios of their rates. Nothing else may set the rate: a scheduler is refused, unless
     ``on_scheduler="rebase"`` multiplies what the scheduler starts from, so that the learned rate takes its shape
