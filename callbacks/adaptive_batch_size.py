@@ -307,7 +307,7 @@ class AdaptiveBatchSize(pl.Callback):
         start = self._batch or self.b0 or loader.initial_batch_size * world
         self._b_max = epoch if self.b_max is None else self.b_max
         if self._b_max > epoch:
-            if not trainer.fast_dev_run:
+            if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector of Lightning's
                 rank_zero_warn(
                     f"AdaptiveBatchSize(b_max={self._b_max}) is more than the {epoch} samples of an epoch, which bound"
                     " it."
