@@ -98,7 +98,7 @@ def nearest_recipes(name: str, names: list[str]) -> list[str]:
 
 
 def recipe_table(width: int) -> str:
-    """The recipes as a table; its columns of prose are wrapped to fit ``width`` characters, but not below 15 each."""
+    """The recipes as a table; its columns of prose are wrapped to fit ``width`` characters, but not below 16 each."""
     columns = ("name", "method", "data", "shows", "result", "minutes")
     prose = (2, 3, 4)
     rows: list[tuple[str, ...]] = [columns]
@@ -108,7 +108,7 @@ def recipe_table(width: int) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
     room = width - 2 * (len(columns) - 1) - sum(w for i, w in enumerate(widths) if i not in prose)
     for left, i in zip((3, 2, 1), sorted(prose, key=widths.__getitem__), strict=True):
-        widths[i] = min(widths[i], max(15, room // left))  # what a narrow column leaves, the wider ones get
+        widths[i] = min(widths[i], max(16, room // left))  # what a narrow column leaves, the wider ones get
         room -= widths[i]
     lines = []
     for row in rows:
