@@ -151,6 +151,7 @@ def main() -> None:
         with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
             for problem in options.problems:
                 measure(problem, rows, pool)
+        write(rows)
     print_tables(summary(rows))
     draw(rows)
 
@@ -389,9 +390,8 @@ def summary(rows: dict[Key, dict[str, Any]]) -> dict[str, Any]:
                     "seconds": statistics.mean(r["seconds"] for r in runs),
                     "tests": scores,
                 }
-            by_score = sorted(cells, key=lambda name: cells[name]["test"])
             for name, cell in cells.items():
-                cell["rank"] = 1 + by_score.index(name)
+                cell["rank"] = rank(cell["test"], [other["test"] for other in cells.values()])
                 if name != REFINED:
                     cell["refined_beside_it"] = verdict(cells[REFINED]["tests"], cell["tests"])
             problems[problem] = {"score": chosen.score, "seeds": chosen.seeds, "schedules": cells}
@@ -401,6 +401,13 @@ def summary(rows: dict[Key, dict[str, Any]]) -> dict[str, Any]:
         if problems
     }
     return {"results": problems, "mean_ranks": ranks}
+
+
+def rank(score: float, scores: list[float]) -> float:
+    """From 1 for the lowest; equal scores share the mean of their ranks."""
+    equal = sum(math.isclose(score, other, rel_tol=1e-9) for other in scores)
+    below = sum(other < score and not math.isclose(score, other, rel_tol=1e-9) for other in scores)
+    return below + (equal + 1) / 2
 
 
 def verdict(ours: list[float], theirs: list[float]) -> dict[str, Any]:
@@ -423,7 +430,7 @@ def print_tables(results: dict[str, Any]) -> None:
             value = f"{factor * cell['test']:.{digits}f} ± {factor * cell['standard_error']:.{digits}f}"
             beside = cell.get("refined_beside_it", {"verdict": ""})["verdict"]
             train = f"{factor * cell['train']:.{digits}f}"
-            print(f"{name:<17}{cell['lr']:>9.3g}{value:>24}{train:>9}{cell['rank']:>6}   {beside}")
+            print(f"{name:<17}{cell['lr']:>9.3g}{value:>24}{train:>9}{cell['rank']:>6g}   {beside}")
             lines[name].append(f"{value} ({beside})" if beside else value)
     if results["results"]:
         titles = [

@@ -1,4 +1,5 @@
 from ._report_panel import Panel as Panel
+from .adaptive_batch_size import AdaptiveBatchSize as AdaptiveBatchSize
 from .dale_law_monitor import DaleLawMonitor as DaleLawMonitor
 from .grad_norm_recorder import GradNormRecorder as GradNormRecorder
 from .lanczos_lr_learner import LanczosLRLearner as LanczosLRLearner

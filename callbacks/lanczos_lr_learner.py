@@ -389,7 +389,7 @@ class LanczosLRLearner(pl.Callback):
         previous: Step | None = Step(self._lr * unit, momentum)
         if self._learned_at is None and self.start == "curvature":
             previous = None
-            asked = asked._replace(lr=self.initial * asked.lr)
+            asked = Step(self.initial * asked.lr, asked.momentum)
         guards = Guards(
             safety=self.safety,
             growth=self.growth ** self._doublings(step),

@@ -12,7 +12,6 @@ from lightning_opt.schedules._base import StepSchedule
 @register(
     "callback",
     summary="Warns when a run and its learning-rate schedule end at different steps",
-    card="lr-refinement",
     capabilities=("observer",),
 )
 class ScheduleCheck(pl.Callback):

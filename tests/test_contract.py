@@ -45,6 +45,12 @@ OPTIMIZERS = {entry.name: entry for entry in registry.entries("optimizer")}
 NOT_APPLICABLE = {
     "AdaBelief": {"refuses_wrong_momentum"},
     "DiffGrad": {"refuses_wrong_momentum"},
+    "AdaGradNorm": {
+        *("refuses_wrong_betas", "refuses_wrong_eps", "refuses_wrong_momentum", "groups_have_their_own_options"),
+        # one norm of all gradients
+        *("groups_can_be_added_while_training", "missing_gradients_are_skipped", "many_small_tensors_work"),
+        "dtypes_may_be_mixed",
+    },
     "EGPlusMinus": {"refuses_wrong_betas", "refuses_wrong_eps", "refuses_wrong_weight_decay"},
     "ExponentiatedAdamW": {"refuses_wrong_momentum"},
     "ExponentiatedSGD": {"refuses_wrong_betas", "refuses_wrong_eps"},

@@ -44,6 +44,9 @@ OWNERS_ONLY = {"refuses_a_second_owner", "does_not_overrule_a_schedule_silently"
 
 # What a callback does not do, or refuses in setup, beyond what follows from its being an observer or an owner.
 NOT_APPLICABLE = {
+    "AdaptiveBatchSize": {
+        *("accumulates_gradients", "trains_by_manual_optimization", "trains_on_data_without_length"),
+    },
     "LanczosLRLearner": {"trains_by_manual_optimization"},
     "ResumeState": {"logs_under_its_prefix"},
     "RunReport": {"logs_under_its_prefix"},

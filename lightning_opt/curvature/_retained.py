@@ -1,6 +1,7 @@
 """A graph that is kept from product to product while the parameters stay as they are."""
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Generic, TypeVar
 
 from torch import Tensor
@@ -24,7 +25,7 @@ class Retained(Generic[T]):
 
     def get(self, build: Callable[[], T]) -> T:
         """The kept graph, or a new one."""
-        versions = [p._version for p in self._params]
+        versions = list(map(attrgetter("_version"), self._params))  # torch counts writes
         if self._graph is None or versions != self._versions:
             self._graph = None  # free it before the next one is built
             graph = build()

@@ -93,15 +93,15 @@ class CurvatureOperator(ABC):
         """
         if vector.shape != (self.size,):
             raise ValueError(f"expected a vector [{self.size}], got {list(vector.shape)}")
-        return tuple(part.view(p.shape) for part, p in zip(vector.split(self._sizes), self.params, strict=True))
+        return tuple([part.view(p.shape) for part, p in zip(vector.split(self._sizes), self.params, strict=True)])
 
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """One vector ``[n]`` from tensors in the shapes of the parameters; ``None`` stands for zeros."""
         flat = [
-            torch.zeros(n, dtype=self.dtype, device=self.device) if t is None else t.detach().reshape(-1)
-            for t, n in zip(tensors, self._sizes, strict=True)
+            torch.zeros(p.numel(), dtype=self.dtype, device=self.device) if t is None else t.reshape(-1).to(self.dtype)
+            for t, p in zip(tensors, self.params, strict=True)
         ]
-        return torch.cat([t if t.dtype == self.dtype else t.to(self.dtype) for t in flat])
+        return torch.cat(flat).detach()
 
 
 class MatrixOperator(CurvatureOperator):

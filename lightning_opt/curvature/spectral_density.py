@@ -75,7 +75,7 @@ class SpectralDensity:
         return kernel @ self.weights.flatten() / len(self.nodes)
 
 
-@register("tool", summary="Spectral density of a curvature operator", paper="1901.10159")
+@register("tool", summary="Spectral density of a curvature operator", paper="1901.10159", card="curvature")
 def slq_density(
     operator: CurvatureOperator,
     num_steps: int,

@@ -69,7 +69,7 @@ def hutchinson_trace(operator: CurvatureOperator, num_probes: int, *, generator:
     return _estimate(torch.stack(samples).cpu(), num_probes)
 
 
-@register("tool", summary="Trace of a curvature operator, variance-reduced", paper="2301.07825")
+@register("tool", summary="Trace of a curvature operator, variance-reduced", paper="2301.07825", card="curvature")
 def xtrace(operator: CurvatureOperator, num_products: int, *, generator: torch.Generator) -> TraceEstimate:
     r"""XTrace (Epperly, Tropp, Webber, 2024, arXiv:2301.07825, algorithm 1.2).
 

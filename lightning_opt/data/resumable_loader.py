@@ -2,15 +2,39 @@
 
 import random
 from collections.abc import Iterator, Sized
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, default_collate, get_worker_info
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SequentialSampler,
+    default_collate,
+    get_worker_info,
+)
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_opt._checks import check_interval
+
+
+class Place(NamedTuple):
+    """Where a batch lies in the epoch of a rank.
+
+    Attributes:
+        start: Samples of the epoch before it, on this rank.
+        size: The batch size when it was drawn; the last batch of an epoch may hold less.
+        samples: What it holds.
+        samples_of_all: What the batches of this number on all ranks hold together.
+    """
+
+    start: int
+    size: int
+    samples: int
+    samples_of_all: int
 
 
 class ResumableLoader(DataLoader):
@@ -29,6 +53,8 @@ class ResumableLoader(DataLoader):
       exact.
     - A dataset may define ``__getitems__(indices)`` that returns a whole batch as a tuple, a dict or a tensor: one
       indexing operation for the batch, and nothing is collated. A list is taken as samples, as torch does.
+    - The batch size may change within an epoch (:meth:`set_batch_size`): every sample is still read exactly once, and
+      the position that is saved knows of all changes.
 
     Outside of the Trainer call ``loader.sampler.set_epoch(epoch)`` before each epoch, as for
     :class:`~torch.utils.data.distributed.DistributedSampler`.
@@ -95,11 +121,69 @@ class ResumableLoader(DataLoader):
         else:
             self._order = recorder.sampler
             super().__init__(dataset, batch_sampler=recorder, num_workers=num_workers, **loader_kwargs)
-        self._seeds_workers = num_workers > 0 and recorder is None  # recorded indices are to be plain integers
+        self._recorder = recorder  # its indices are to be plain integers
+        self._sizes = _EpochBatches(self._order, seeds_workers=num_workers > 0)
         self.seed = seed
         self._epoch = 0  # the epoch that the position is about
         self._batches = 0  # handed out in that epoch
-        self._position: dict[str, int] | None = None  # loaded, to be taken up by the next pass
+        self._position: dict[str, Any] | None = None  # loaded, to be taken up by the next pass
+
+    @property
+    def initial_batch_size(self) -> int:
+        """The batch size that the loader was made with."""
+        return self._order.batch_size
+
+    @property
+    def limit(self) -> int | None:
+        """Samples of an epoch that a rank reads at most, or None for all; to be set before the epoch."""
+        return self._order.limit
+
+    @limit.setter
+    def limit(self, samples: int | None) -> None:
+        self._order.limit = samples
+
+    @property
+    def batches_handed_out(self) -> int:
+        """Batches of the present epoch that were handed out."""
+        return self._batches if self._epoch == self._order.epoch else 0
+
+    def set_batch_size(self, batch_size: int) -> None:
+        """Draw batches of this size from now on, in the middle of an epoch too.
+
+        Batches that workers have fetched already keep their size; they are handed out first. So where there are
+        workers a change comes ``num_workers * prefetch_factor`` batches late, the same number after a resume.
+
+        Args:
+            batch_size: Samples a batch, on each rank; the same on every rank.
+
+        Raises:
+            ValueError: If it is not a positive integer.
+
+        Example:
+            >>> loader = ResumableLoader(range(10), batch_size=2)
+            >>> batches = iter(loader)
+            >>> _ = next(batches)
+            >>> loader.set_batch_size(5)
+            >>> [batch.tolist() for batch in batches], len(loader)
+            ([[2, 3, 4, 5, 6], [7, 8, 9]], 3)
+        """
+        check_interval("batch_size", batch_size, 1)
+        if not isinstance(batch_size, int):
+            raise ValueError(f"batch_size must be an integer, got {batch_size!r}")
+        self._sizes.set_size(batch_size)
+        # torch forbids to set it since its own loader would not follow
+        object.__setattr__(self, "batch_size", batch_size)
+        if isinstance(self.batch_sampler, BatchSampler):
+            self.batch_sampler.batch_size = batch_size
+
+    def place(self, number: int) -> Place:
+        """Where the batch of this number in the epoch lies, if the batch size does not change before it."""
+        return self._sizes.place(number)
+
+    @property
+    def _index_sampler(self) -> Any:
+        """What torch iterates over."""
+        return self._sizes if self._recorder is None else self._recorder
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """One pass over what is left of the epoch.
@@ -110,25 +194,30 @@ class ResumableLoader(DataLoader):
         order = self._order
         self._batches, self._position = self._first_batch(self._position), None
         self._epoch = order.epoch
-        order.first_batch, order.seeds_workers = self._batches, self._seeds_workers
+        self._sizes.start(self._batches)
+        order.first_sample = self._sizes.place(self._batches).start if self._batches else 0
         assert isinstance(self.generator, torch.Generator)
         self.generator.manual_seed(_mix(order.seed, order.epoch, order.rank))
         for batch in super().__iter__():
             self._batches += 1
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
-        """The position: epoch, batches handed out, and what the order depends on."""
+    def state_dict(self) -> dict[str, Any]:
+        """The position: epoch, batches handed out, from which batch on which size, and what the order depends on."""
         order = self._order
-        return {**order.identity(), "epoch": order.epoch, "batches": self._batches if self._epoch == order.epoch else 0}
+        sizes = [list(change) for change in self._sizes.changes]
+        return {**order.identity(), "epoch": order.epoch, "batches": self.batches_handed_out, "sizes": sizes}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Let the next pass continue at this position, unless another epoch is set before it starts."""
         self._position = dict(state_dict)
         self._order.set_epoch(state_dict["epoch"])
         self._epoch, self._batches = state_dict["epoch"], state_dict["batches"]
+        if "sizes" in state_dict:  # else saved by a version that had one size
+            self._sizes.load(state_dict["sizes"], state_dict["batches"])
+            self.set_batch_size(state_dict["sizes"][-1][1])
 
-    def _first_batch(self, position: dict[str, int] | None) -> int:
+    def _first_batch(self, position: dict[str, Any] | None) -> int:
         if position is None or position["epoch"] != self._order.epoch or position["batches"] == 0:
             return 0
         changed = [f"{k} was {position[k]} and is {v}" for k, v in self._order.identity().items() if position[k] != v]
@@ -138,6 +227,74 @@ class ResumableLoader(DataLoader):
                 f"{', '.join(changed)}. Resume with the same values, or from a checkpoint of an epoch's end."
             )
         return position["batches"]
+
+
+class _EpochBatches:
+    """The batches of this rank in one epoch: how many samples each holds, however often the size changes."""
+
+    def __init__(self, order: "_EpochSampler", *, seeds_workers: bool) -> None:
+        self.order = order
+        self.seeds_workers = seeds_workers
+        self._changes = [(0, order.batch_size)]  # (number of a batch, size from there on), in one epoch
+        self._epoch = order.epoch
+        self._drawn = 0  # the number of the next batch to be drawn
+
+    @property
+    def changes(self) -> list[tuple[int, int]]:
+        """From which batch of the epoch on which size."""
+        return self._changes if self._epoch == self.order.epoch else [(0, self._changes[-1][1])]
+
+    def load(self, changes: list[Any], first_batch: int) -> None:
+        """Take the changes of an epoch under way, whose next batch is the first to be drawn."""
+        self._changes = [(int(first), int(size)) for first, size in changes]
+        self._epoch, self._drawn = self.order.epoch, first_batch
+
+    def start(self, first_batch: int) -> None:
+        """Begin a pass."""
+        self._changes = self.changes if first_batch else [(0, self._changes[-1][1])]
+        self._epoch, self._drawn = self.order.epoch, first_batch
+
+    def set_size(self, size: int) -> None:
+        """Draw batches of this size from now on."""
+        if size == self._changes[-1][1]:
+            return
+        drawn = self._drawn if self._epoch == self.order.epoch else 0
+        earlier = [change for change in self.changes if change[0] < drawn]
+        self._changes, self._epoch, self._drawn = [*earlier, (drawn, size)], self.order.epoch, drawn
+
+    def __len__(self) -> int:
+        first, size, start = self._last_run()
+        return first + self.order.batches(start, size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order, indices = self.order, self.order.indices()
+        key = (order.seed, order.epoch, order.rank)
+        while self._drawn < len(self):
+            number = self._drawn
+            start, _, samples, _ = self.place(number)
+            batch = indices[start : start + samples].tolist()
+            if self.seeds_workers:
+                batch[0] = _SeedingIndex.of(batch[0], (*key, number))
+            self._drawn += 1
+            yield batch
+
+    def place(self, number: int) -> Place:
+        """Where the batch of this number lies."""
+        start, (first, size) = 0, self.changes[0]
+        for later, next_size in self.changes[1:]:
+            if later > number:
+                break
+            start, first, size = start + (later - first) * size, later, next_size
+        start += (number - first) * size
+        ends = [min(start + size, self.order.end(start, size, rank)) for rank in range(self.order.num_replicas)]
+        return Place(start, size, max(ends[self.order.rank] - start, 0), sum(max(end - start, 0) for end in ends))
+
+    def _last_run(self) -> tuple[int, int, int]:
+        """Number of the first batch of the last size, that size, and the samples before."""
+        start, (first, size) = 0, self.changes[0]
+        for later, next_size in self.changes[1:]:
+            start, first, size = start + (later - first) * size, later, next_size
+        return first, size, start
 
 
 class _EpochSampler(DistributedSampler):
@@ -154,8 +311,8 @@ class _EpochSampler(DistributedSampler):
         self.seed = seed
         self.drop_last = drop_last
         self.epoch = 0
-        self.first_batch = 0  # both set by the loader when it starts a pass
-        self.seeds_workers = False
+        self.limit: int | None = None
+        self.first_sample = 0  # set by the loader when it starts a pass
 
     @property
     def rank(self) -> int:  # type: ignore[override]
@@ -177,26 +334,39 @@ class _EpochSampler(DistributedSampler):
         }
 
     def __len__(self) -> int:
-        """Indices of this rank in a whole epoch; the number of batches is the same on every rank."""
-        size, ranks = len(self.dataset), self.num_replicas
-        if self.drop_last:
-            return size // ranks
-        own, largest = len(range(self.rank, size, ranks)), -(-size // ranks)
-        return own if -(-own // self.batch_size) == -(-largest // self.batch_size) else largest
+        """Indices of this rank in a whole epoch of constant batch size."""
+        return self.end(0, self.batch_size, self.rank)
 
     def __iter__(self) -> Iterator[int]:
+        yield from self.indices()[self.first_sample : len(self)].tolist()
+
+    def indices(self) -> torch.Tensor:
+        """All indices of this rank in the epoch, and one more than it has where another rank has it."""
         size, ranks = len(self.dataset), self.num_replicas
         order = torch.arange(size)
         if self.shuffle:
             order = torch.randperm(size, generator=torch.Generator().manual_seed(_mix(self.seed, self.epoch)))
         # behind the end of the order it starts over, as DistributedSampler pads
-        places = torch.arange(len(self)) * ranks + self.rank
-        indices = order[places[self.first_batch * self.batch_size :] % max(size, 1)].tolist()
-        if self.seeds_workers:
-            for i in range(0, len(indices), self.batch_size):
-                key = (self.seed, self.epoch, self.rank, self.first_batch + i // self.batch_size)
-                indices[i] = _SeedingIndex.of(indices[i], key)
-        yield from indices
+        return order[(torch.arange(-(-size // ranks)) * ranks + self.rank) % max(size, 1)]
+
+    def end(self, start: int, batch_size: int, rank: int) -> int:
+        """How many indices a rank reads, if it is at ``start`` and makes batches of this size from there on.
+
+        A rank that would make one batch fewer than the others repeats a sample: the number of batches is the same on
+        every rank.
+        """
+        size, ranks = len(self.dataset), self.num_replicas
+        own, largest = len(range(rank, size, ranks)), -(-size // ranks)
+        if self.drop_last:
+            own = largest = size // ranks
+        if self.limit is not None:
+            own, largest = min(own, self.limit), min(largest, self.limit)
+        return own if -(-(own - start) // batch_size) == -(-(largest - start) // batch_size) else largest
+
+    def batches(self, start: int, batch_size: int) -> int:
+        """How many batches of this size every rank makes from ``start`` on."""
+        left = max(self.end(start, batch_size, self.rank) - start, 0)
+        return left // batch_size if self.drop_last else -(-left // batch_size)
 
 
 class _SeedingIndex(int):

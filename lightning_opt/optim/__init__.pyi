@@ -1,5 +1,6 @@
 from ._base import Options as Options
 from .adabelief import AdaBelief as AdaBelief
+from .adagrad_norm import AdaGradNorm as AdaGradNorm
 from .dale import eg_param_groups as eg_param_groups
 from .dale import lognormal_init_ as lognormal_init_
 from .dale import split_bias_ as split_bias_

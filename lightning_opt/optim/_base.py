@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -127,6 +127,12 @@ class Optimizer(TorchOptimizer):
     def flags(self, group: dict[str, Any]) -> dict[str, Any]:
         """Options that choose between forms of the update; keyword arguments of ``update`` and of the fused kernel."""
         return {}
+
+    def prepare(self, gradients: Sequence[Tensor]) -> None:
+        """Called in every step with all gradients of all groups, before any tensor is updated.
+
+        For methods in which tensors depend on each other; gradients are as they are, also with ``maximize``.
+        """
 
     def fused_kernel(self, group: dict[str, Any]) -> str | None:
         """Name of the kernel in ``cpu_kernels`` and ``triton_kernels``, or None if these options have none."""
@@ -287,6 +293,10 @@ class Optimizer(TorchOptimizer):
             with _differentiable() if group["differentiable"] else torch.no_grad():
                 work.append((group, self._batches(group, first)))
             first += len(group["params"])
+        gradients = [g for _, batches in work for batch in batches for g in batch.grads]
+        if gradients:
+            with _differentiable() if any(group["differentiable"] for group, _ in work) else torch.no_grad():
+                self.prepare(gradients)
         for group, batches in work:
             with _differentiable() if group["differentiable"] else torch.no_grad():
                 for batch in batches:

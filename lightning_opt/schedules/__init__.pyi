@@ -8,3 +8,4 @@ from .refine import refine_schedule as refine_schedule
 from .refine import smooth_norms as smooth_norms
 from .refined import RefinedLR as RefinedLR
 from .refined import resample as resample
+from .sample_based import SampleBasedLR as SampleBasedLR

@@ -41,7 +41,8 @@ def horizon(scheduler: Any) -> tuple[str, int] | None:
     if isinstance(scheduler, StepSchedule):
         return ("total_steps", scheduler.total_steps) if scheduler.ends and scheduler.total_steps else None
     if isinstance(scheduler, SequentialLR):
-        last = horizon(scheduler._schedulers[-1])
-        return None if last is None else (last[0], scheduler._milestones[-1] + last[1])
+        own = vars(scheduler)  # torch has no public name for its parts
+        last = horizon(own["_schedulers"][-1])
+        return None if last is None else (last[0], own["_milestones"][-1] + last[1])
     name = next((name for cls, name in _ARGUMENT.items() if type(scheduler) is cls), None)
     return None if name is None else (name, int(getattr(scheduler, name)))

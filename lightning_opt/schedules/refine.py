@@ -94,11 +94,8 @@ def refine_schedule(
         weights = (smooth / smooth.mean()) ** (-2 if method == "sgd" else -1)
         schedule = weights * tail_sums(weights)
     schedule = schedule / schedule.max()
-    return (
-        schedule
-        if total_steps is None and len(schedule) == len(norms)
-        else resample(schedule, len(norms) if total_steps is None else check_steps("total_steps", total_steps, 2))
-    )
+    length = len(norms) if total_steps is None else check_steps("total_steps", total_steps, 2)
+    return schedule if length == len(schedule) else resample(schedule, length)
 
 
 def smooth_norms(norms: Tensor, tau: float = 0.1, floor: float = 1e-3) -> SmoothNorms:

@@ -139,7 +139,9 @@ def resample(schedule: Tensor, length: int) -> Tensor:
     """
     length = check_steps("length", length, 2)
     schedule = check_schedule(schedule)
-    return torch.tensor([interpolate(schedule, i, length - 1) for i in range(length)], dtype=torch.float64)
+    places = torch.arange(length) * (len(schedule) - 1)
+    low, share = places // (length - 1), (places % (length - 1)).double() / (length - 1)
+    return (1 - share) * schedule[low] + share * schedule[(low + 1).clamp_max(len(schedule) - 1)]
 
 
 def check_schedule(values: Tensor | Sequence[float]) -> Tensor:

@@ -12,7 +12,7 @@ WORDS = {
     "--optimizer=AdaBelif": "optimizer: there is no Optimizer named 'AdaBelif'. Did you mean AdaBelief",
     "--optimizer=torch.optim.AdmW": "no Optimizer named 'torch.optim.AdmW'. Did you mean torch.optim.AdamW",
     "--optimizer=nosuch.AdamX": "'nosuch.AdamX' (No module named 'nosuch'). Did you mean Adam",
-    "--optimizer=MLP": "optimizer: MLP is no Optimizer. Those of lightning-opt are AdaBelief, DiffGrad",
+    "--optimizer=MLP": "optimizer: MLP is no Optimizer. Those of lightning-opt are AdaBelief, AdaGradNorm, DiffGrad",
     "--optimizer.lrr=3": "optimizer: AdaBelief has no argument 'lrr'. Did you mean lr?",
     "--optimizer.lr=abc": "optimizer.lr must be a number; got 'abc'.",
     "--optimizer.lr=-1": "AdaBelief: lr must be >= 0.0 and finite, got -1.0",

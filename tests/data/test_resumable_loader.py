@@ -230,6 +230,124 @@ def test_an_epoch_cannot_be_continued_otherwise(change, message):
     assert len(list(other)) == len(other)  # from the next epoch on it does not matter
 
 
+# --- a batch size that changes ---
+
+
+def read(loader, changes, first=0):
+    """The batches of what is left of an epoch; before batch k is asked for, the size becomes changes[k]."""
+    out, batches = [], iter(loader)
+    for number in itertools.count(first):
+        if number in changes:
+            loader.set_batch_size(changes[number])
+        batch = next(batches, None)
+        if batch is None:
+            return out
+        out.append(batch.tolist())
+    return out
+
+
+CHANGES = {1: 5, 3: 2, 4: 1, 5: 9}
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_the_batch_size_changes_within_an_epoch(drop_last):
+    loader = ResumableLoader(range(30), 3, shuffle=True, seed=4, drop_last=drop_last)
+    batches = read(loader, CHANGES)
+    assert [len(batch) for batch in batches] == [3, 5, 5, 2, 1, 9, *([] if drop_last else [5])]
+    order = in_order(ResumableLoader(range(30), 3, shuffle=True, seed=4))
+    assert list(itertools.chain(*batches)) == order[: 25 if drop_last else 30]
+    assert len(loader) == len(batches)
+    assert [loader.place(i).start for i in range(6)] == [0, 3, 8, 13, 15, 16]
+    assert loader.batch_size == loader.batch_sampler.batch_size == 9
+    assert loader.initial_batch_size == 3
+    assert [len(batch) for batch in epoch_of(loader, 1)] == [9, 9, 9, *([] if drop_last else [3])]
+
+
+@pytest.mark.parametrize("kwargs", WORKERS)
+def test_the_length_is_true_after_every_change(kwargs):
+    for size in (7, 10, 23):
+        loader = ResumableLoader(range(size), 2, shuffle=True, **kwargs)
+        batches, done = iter(loader), 0
+        for batch_size in (2, 3, 1, 4):
+            loader.set_batch_size(batch_size)
+            done += next(batches, None) is not None
+        expected = len(loader)
+        assert done + len(list(batches)) == expected == len(loader)
+
+
+@pytest.mark.parametrize("kwargs", WORKERS)
+def test_every_position_among_changes(kwargs):
+    """Resumed before any batch, the sizes are those of the whole pass: fetched ahead, drawn, and those to come."""
+    loader = ResumableLoader(range(60), 3, shuffle=True, seed=5, **kwargs)
+    states, batches = [], iter(loader)
+    whole = []
+    for number in itertools.count():
+        if number in CHANGES:
+            loader.set_batch_size(CHANGES[number])
+        states.append(loader.state_dict())
+        batch = next(batches, None)
+        if batch is None:
+            break
+        whole.append(batch.tolist())
+    assert sorted(itertools.chain(*whole)) == list(range(60))
+    assert len({len(batch) for batch in whole}) > 2
+    for position in range(1, len(whole)):
+        resumed = ResumableLoader(range(60), 3, shuffle=True, seed=5, **kwargs)
+        resumed.load_state_dict(states[position])
+        assert resumed.state_dict() == states[position]
+        assert len(resumed) == states_length(states[position])
+        changes = {number: size for number, size in CHANGES.items() if number > position}
+        assert read(resumed, changes, position) == whole[position:]
+
+
+def states_length(state):
+    """Batches of the epoch, from the sizes in a state."""
+    start, (first, size) = 0, state["sizes"][0]
+    for later, following in state["sizes"][1:]:
+        start, first, size = start + (later - first) * size, later, following
+    return first - (-(60 - start) // size)
+
+
+def test_ranks_share_an_epoch_whose_batches_grow(monkeypatch):
+    """As many batches on every rank, every sample read, and what a rank knows of the others' batches is true."""
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    for size, ranks, second in itertools.product(range(9, 30), (1, 2, 3), (1, 3, 5)):
+        monkeypatch.setattr(dist, "get_world_size", lambda ranks=ranks: ranks)
+        shares, told = [], []
+        for rank in range(ranks):
+            monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+            loader = ResumableLoader(range(size), 2, shuffle=True, seed=7)
+            shares.append(read(loader, {1: second}))
+            assert len(loader) == len(shares[-1])
+            assert [loader.place(i).samples for i in range(len(loader))] == [len(batch) for batch in shares[-1]]
+            told.append([loader.place(i).samples_of_all for i in range(len(loader))])
+        assert len({len(share) for share in shares}) == 1
+        assert set(itertools.chain(*itertools.chain(*shares))) == set(range(size))
+        together = [sum(map(len, batches)) for batches in zip(*shares, strict=True)]
+        assert all(counts == together for counts in told)
+
+
+def test_an_epoch_may_be_limited():
+    loader = ResumableLoader(range(30), 4, shuffle=True)
+    loader.limit = 13
+    assert [len(batch) for batch in epoch_of(loader, 0)] == [4, 4, 4, 1]
+    assert len(loader) == 4
+
+
+@pytest.mark.parametrize(("value", "message"), [(0, "batch_size must be >= 1"), (2.5, "must be an integer, got 2.5")])
+def test_wrong_batch_sizes(value, message):
+    with pytest.raises(ValueError, match=message):
+        ResumableLoader(range(3)).set_batch_size(value)
+
+
+def test_states_of_older_versions_load():
+    loader = ResumableLoader(range(10), 3, shuffle=True)
+    whole = epoch_of(loader, 0)
+    resumed = ResumableLoader(range(10), 3, shuffle=True)
+    resumed.load_state_dict({k: v for k, v in {**loader.state_dict(), "batches": 2}.items() if k != "sizes"})
+    assert [batch.tolist() for batch in resumed] == whole[2:]
+
+
 def test_pickles():
     loader = ResumableLoader(range(10), 4, shuffle=True, seed=3, num_workers=2)
     assert in_order(pickle.loads(pickle.dumps(loader))) == in_order(loader)

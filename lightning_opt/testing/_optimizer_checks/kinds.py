@@ -162,7 +162,8 @@ def float64_parameters_are_computed_in_float64(subject: Subject) -> None:
 @check
 def bfloat16_parameters_train(subject: Subject) -> None:
     """Bfloat16 parameters stay bfloat16 and go the way of the float32 run."""
-    changes = {"lr": 0.05} if "lr" in subject.options else {}  # steps well above the spacing of 0.008 of the weights
+    # steps well above the spacing of 0.008 of the weights
+    changes = {"lr": max(0.05, subject.kwargs.get("lr", 0.0))} if "lr" in subject.options else {}
     for name, backend in subject.backends.items():
         low = tensors(dtype=torch.bfloat16)
         high = [nn.Parameter(p.detach().float()) for p in low]

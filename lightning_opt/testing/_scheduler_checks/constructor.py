@@ -47,8 +47,9 @@ def says_its_interval(subject: Subject) -> None:
 
 @check
 def refuses_wrong_numbers_of_steps(subject: Subject) -> None:
-    """Numbers of steps such as ``total_steps`` refuse -1, 2.5, NaN and infinity by a ValueError that says so."""
-    names = [name for name in ("total_steps", "warmup_steps", "total_iters", "T_max") if name in subject.parameters]
+    """Numbers of steps or samples refuse -1, 2.5, NaN and infinity by a ValueError that says so."""
+    counts = {"total_steps", "warmup_steps", "total_iters", "T_max", "batch_size", "warmup_samples", "lr_decay_samples"}
+    names = [name for name in subject.parameters if name in counts]
     if not names:
         raise NotApplicable(f"{subject.cls.__name__} takes no number of steps")
     for name in names:
