@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from lightning_opt.callbacks import LanczosLRLearner
 from lightning_opt.callbacks._refresh_schedule import RefreshSchedule, refreshes
+from lightning_opt.callbacks.lanczos_lr_learner import EFFECTIVE, RECENT
 from lightning_opt.curvature import HessianOperator, lanczos, probe_mode
 from lightning_opt.data import Digits, FashionMNIST
 from lightning_opt.models import MLP, ResNet
@@ -47,7 +48,11 @@ SETTINGS = {
     "digits": {"train": 1300, "batch_size": 32, "epochs": 8},
     "fashion_mnist": {"train": 10_000, "batch_size": 128, "epochs": 10},
     "momentum": 0.9,
-    "learner": repr(LanczosLRLearner()),
+}
+LEARNER = {
+    "arguments": repr(LanczosLRLearner()),
+    "effective": {str(k): v for k, v in EFFECTIVE.items()},
+    "recent": RECENT,
 }
 Key = tuple[str, str, str, int]
 """Problem, decay, method, seed."""
@@ -256,12 +261,17 @@ def on_file() -> dict[str, Any]:
     path = RESULTS / f"{FILE}.json"
     old = json.loads(path.read_text()) if path.exists() else {}
     cost_on_file = old.get("cost", {})
-    return {"runs": old["runs"] if old.get("settings") == SETTINGS else [], "cost": cost_on_file}
+    runs = old["runs"] if old.get("settings") == SETTINGS else []
+    if old.get("learner") != LEARNER:
+        runs = [row for row in runs if row["method"].startswith("SGD")]
+    return {"runs": runs, "cost": cost_on_file}
 
 
 def write(rows: dict[Key, dict[str, Any]], costs: dict[str, Any]) -> None:
     ordered = [rows[key] for key in sorted(rows)]
-    write_result(FILE, {"settings": SETTINGS, "results": summary(rows), "cost": costs, "runs": ordered})
+    write_result(
+        FILE, {"settings": SETTINGS, "learner": LEARNER, "results": summary(rows), "cost": costs, "runs": ordered}
+    )
 
 
 def accuracies(problem: str, decay: str, method: str, rows: dict[Key, dict[str, Any]]) -> list[float]:

@@ -44,8 +44,10 @@ from ._window import load_window, save_window
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-EFFECTIVE = {None: 4.0, "linear": 6.0}
+EFFECTIVE = {None: 4.0, "linear": 10.0}
 """Rate / (1 - momentum) times sharpness. With a rate that falls, a larger one does no harm at the end of the run."""
+RECENT = 4
+"""Refreshes of which the rule "effective" takes the largest sharpness."""
 TINY = torch.finfo(torch.float32).tiny
 NEVER = 2**62  # steps
 
@@ -84,7 +86,7 @@ class LanczosLRLearner(pl.Callback):
     stable one, the momentum and the Ritz values.
 
     Args:
-        rule: ``"effective"``, which takes for :math:`L` the larger of the last two sharpnesses, since that of one
+        rule: ``"effective"``, which takes for :math:`L` the largest of the last four sharpnesses, since that of one
             batch is noisy and vanishes where the batch is fitted; ``"nesterov"`` (for ``SGD(nesterov=True)``);
             ``"polyak"``; ``"gd"`` (leaves the momentum alone); or the authors' ``"ssgdmn"``, which depends on the scale
             of the loss. See :func:`lightning_opt.curvature.step_rule`.
@@ -108,7 +110,7 @@ class LanczosLRLearner(pl.Callback):
         lr_min: Smallest rate.
         lr_max: Largest rate; None for no limit.
         decay: ``"linear"`` multiplies the learned rate by 1 - t/T over the run; the rule ``"effective"`` then begins
-            half as high again, since the rate that matters at the end is lower.
+            2.5 times as high, since a rate that falls does no harm at the end.
         on_scheduler: ``"error"`` or ``"rebase"``.
         loss_fn: Computes the loss from module and batch, in the place of ``training_step``.
         seed: Of the start vectors.
@@ -219,7 +221,7 @@ class LanczosLRLearner(pl.Callback):
         self._optimizer: Optimizer | None = None
         self._lr: float | None = None  # learned so far, before decay
         self._learned_at: int | None = None  # step
-        self._sharpness: float | None = None  # then
+        self._sharpnesses: list[float] = []  # of recent refreshes
         self._shares: list[float] = []  # of it, by group
         self._steps = math.inf  # of the whole run
         self._window: list[Any] = []  # micro-batches of the step that is refreshed at
@@ -340,7 +342,7 @@ class LanczosLRLearner(pl.Callback):
             sharpness, mu = curvature_range(result.ritz_values, result.weights, self.mu, self.weight_threshold)
             if sharpness > TINY:
                 self._learn(trainer, step, result, sharpness, mu)
-                self._sharpness = sharpness
+                self._sharpnesses = [*self._sharpnesses, sharpness][-RECENT:]
             else:
                 self._reject(f"the curvature of the loss is zero at step {step}")
         schedule = self._schedule
@@ -374,8 +376,8 @@ class LanczosLRLearner(pl.Callback):
         adam = isinstance(self._optimizer, ADAM_FAMILY)
         momentum, unit = momentum_of(self._optimizer), heavy_ball_unit(self._optimizer)
         fixed = momentum if adam else None
-        if self.rule == "effective" and self._sharpness is not None:
-            sharpness = max(sharpness, self._sharpness)
+        if self.rule == "effective":
+            sharpness = max([*self._sharpnesses[1 - RECENT :], sharpness])
         asked = step_rule(
             self.rule,
             sharpness,
@@ -460,7 +462,7 @@ class LanczosLRLearner(pl.Callback):
             "schedule": self._schedule.state_dict(),
             "lr": self._lr,
             "learned_at": self._learned_at,
-            "sharpness": self._sharpness,
+            "sharpnesses": list(self._sharpnesses),
             "shares": list(self._shares),
             "products": self._products,
             "rejected": self._rejected,
@@ -487,7 +489,7 @@ class LanczosLRLearner(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._schedule.load_state_dict(state_dict["schedule"])
         self._lr, self._shares = state_dict["lr"], list(state_dict["shares"])
-        self._learned_at, self._sharpness = state_dict["learned_at"], state_dict["sharpness"]
+        self._learned_at, self._sharpnesses = state_dict["learned_at"], list(state_dict["sharpnesses"])
         self._products, self._rejected = state_dict["products"], state_dict["rejected"]
         self._warned = state_dict["warned"]
         self._curves = {name: Curve.from_state_dict(curve) for name, curve in state_dict["curves"].items()}
