@@ -15,7 +15,7 @@ class NotTwiceDifferentiableError(RuntimeError):
 
 
 # what torch says where a backward function has no derivative: compiled graphs, fused kernels, custom functions, cuDNN
-_SIGNS = ("double backward", "derivative for", "once_differentiable", "differentiate twice")
+_SIGNS = ("double backward", "derivative for", "once_differentiable", "differentiate twice", "donated buffers")
 
 
 _ADVICE = (
