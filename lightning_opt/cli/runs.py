@@ -108,7 +108,8 @@ def check_same_optimizer(path: Path, class_path: str) -> None:
     if written_by != class_path and import_class(written_by) is not import_class(class_path):
         raise UserError(
             f"{path} was written with the optimizer {written_by.rpartition('.')[2]}, this run uses"
-            f" {class_path.rpartition('.')[2]}: resume with the same one, give --ckpt_path the file of an older one, or start a new run without it."
+            f" {class_path.rpartition('.')[2]}: resume with the same one, give --ckpt_path the file of an"
+            " older run, or start a new run without it."
         )
 
 
