@@ -1,4 +1,7 @@
-"""What every benchmark shares: the record of the machine, the result file, and paired timing."""
+"""What every benchmark shares: the record of the machine, the result file, and paired timing.
+
+Scripts that tune rates over seeds take the rest from ``_grid.py``, those that time fits of a Trainer from ``_fits.py``.
+"""
 
 import json
 import os
@@ -45,6 +48,12 @@ def write_result(name: str, payload: dict[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({**head, **payload}, indent=2, allow_nan=False) + "\n")
     return path
+
+
+def read_result(name: str) -> dict[str, Any]:
+    """What ``write_result`` wrote under this name; empty if there is nothing."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def paired_times(functions: dict[str, Callable[[], Any]], rounds: int, warmup: int = 3) -> dict[str, list[float]]:

@@ -23,20 +23,18 @@ growing batch is beyond it if it lies above by more than one standard error, pai
 import argparse
 import itertools
 import json
-import logging
 import math
 import statistics
 import time
-import warnings
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import cache
-from multiprocessing import get_context
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from _runner import RESULTS, ratio_summary, write_result
+from _fits import StepClock, paired_fits, quiet_trainer
+from _grid import Key, RateSearch, Row, loss_and_accuracy, process_pool, rate_1_3_10, run_missing, whole_splits
+from _runner import ratio_summary, read_result, write_result
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -67,9 +65,7 @@ METHODS: dict[
     "eta 1, linear rate": (32, {**GROWS, "eta": 1.0, "lr_scale": "linear"}, -4),
 }
 FIXED = [name for name, (_, callback, _) in METHODS.items() if callback is None]
-SEEDS = (0, 1, 2)
-Key = tuple[str, int, int]
-"""Method, number of the rate, seed."""
+SEEDS = 3
 
 
 def main() -> None:
@@ -94,24 +90,7 @@ def main() -> None:
 # --- cost ---
 
 
-class Clock(pl.Callback):
-    """Seconds between two steps."""
-
-    def __init__(self, first: int, last: int) -> None:
-        self.first, self.last, self.seconds = first, last, 0.0
-
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step == self.first and not self.seconds:
-            self.seconds = -time.perf_counter()
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step == self.last and self.seconds < 0:
-            self.seconds += time.perf_counter()
-
-
 def cost(rounds: int) -> None:
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
     torch.set_num_threads(2)
     images, labels = data()["train"]
     rows: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # the Trainer without the callback, the callback
@@ -119,31 +98,25 @@ def cost(rounds: int) -> None:
         "4 micro-batches of 16": ({"accumulate_grad_batches": 4}, {"eta": 1e9, "b0": 64, "max_micro": 16}),
     }
 
-    def seconds(batch_size: int, callback: dict[str, Any] | None, **options: Any) -> float:
+    def fit(batch_size: int, callback: dict[str, Any] | None, clock: StepClock, **options: Any) -> None:
         torch.manual_seed(0)
-        clock = Clock(5, 45)
         callbacks = [clock] if callback is None else [AdaptiveBatchSize(**callback), clock]
         loader = ResumableLoader(TensorDataset(images, labels), batch_size, shuffle=True)
-        trainer(max_steps=46, callbacks=callbacks, **options).fit(Model(ResNet(), 0.1), loader)
-        return clock.seconds
+        quiet_trainer(max_steps=clock.last + 1, callbacks=callbacks, **options).fit(Model(ResNet(), 0.1), loader)
 
     found: dict[str, Any] = {}
     for name, (without, callback) in rows.items():
         size = callback.get("max_micro", 64)
-        runs = {
-            "without": lambda size=size, without=without: seconds(size, None, **without),
-            "with": lambda size=size, callback=callback: seconds(size, callback),
-            "again": lambda size=size, without=without: seconds(size, None, **without),
-        }
-        for run_it in runs.values():
-            run_it()
-        times: dict[str, list[float]] = {key: [] for key in runs}
-        names = list(runs)
-        for turn in range(rounds):
-            for key in names[turn % 3 :] + names[: turn % 3]:
-                times[key].append(runs[key]())
+        times = paired_fits(
+            {
+                "without": partial(fit, size, None, **without),
+                "with": partial(fit, size, callback),
+                "again": partial(fit, size, None, **without),
+            },
+            rounds,
+        )["wall"]
         found[name] = {
-            "step_ms": 1000 * statistics.median(times["without"]) / 40,
+            "step_ms": 1000 * statistics.median(times["without"]),
             "with_over_without": ratio_summary(times, "with", "without"),
             "noise": ratio_summary(times, "again", "without"),
         }
@@ -181,19 +154,10 @@ class LinearRate(pl.Callback):
             group["lr"] = rate * max(self.adaptive.batch_size, self.start) / self.start
 
 
-def trainer(**options: Any) -> pl.Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return pl.Trainer(accelerator="cpu", enable_checkpointing=False, **quiet, **options)
-
-
 @cache
 def data() -> dict[str, tuple[Tensor, Tensor]]:
     """Images and labels of the three splits."""
-    module = FashionMNIST(train_size=SETTINGS["train_size"], val_size=SETTINGS["val_size"])
-    module.prepare_data()
-    module.setup()
-    splits = {"train": module.train_set, "val": module.val_set, "test": module.test_set}
-    return {name: split.__getitems__(range(len(split))) for name, split in splits.items() if split is not None}
+    return whole_splits(FashionMNIST(train_size=SETTINGS["train_size"], val_size=SETTINGS["val_size"]))
 
 
 class Whole(TensorDataset):
@@ -203,21 +167,14 @@ class Whole(TensorDataset):
         return tuple(tensor[indices] for tensor in self.tensors)
 
 
-def rate(number: int) -> float:
-    """1, 3, 10, 30, ... times a power of ten, by number."""
-    return float(f"{(3 if number % 2 else 1) * 10.0 ** (number // 2):.1g}")
-
-
 def run(method: str, number: int, seed: int, epochs: int | None = None, images: int | None = None) -> dict[str, Any]:
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     epochs = epochs or SETTINGS["epochs"]
     x, y = (tensor[:images] for tensor in data()["train"])
     batch_size, options, _ = METHODS[method]
     net = MLP(in_features=784, hidden=tuple(SETTINGS["hidden"]))
-    model = Model(net, rate(number), batch_size, epochs * len(x))
+    model = Model(net, rate_1_3_10(number), batch_size, epochs * len(x))
     callbacks: list[pl.Callback] = []
     adaptive = None
     if options is not None:
@@ -226,31 +183,23 @@ def run(method: str, number: int, seed: int, epochs: int | None = None, images: 
         callbacks = [adaptive]
         if "lr_scale" in options:
             callbacks.append(LinearRate(adaptive, batch_size))
-    fitting = trainer(max_epochs=epochs, callbacks=callbacks)
+    fitting = quiet_trainer(max_epochs=epochs, callbacks=callbacks)
     begin = time.perf_counter()
     fitting.fit(model, ResumableLoader(Whole(x, y), batch_size, shuffle=True, seed=seed))
     seconds = time.perf_counter() - begin
-    train_loss, _ = evaluate(net, x, y)
+    train_loss, _ = loss_and_accuracy(net, x, y)
     return {
         "method": method,
         "number": number,
-        "lr": rate(number),
+        "lr": rate_1_3_10(number),
         "seed": seed,
         "steps": fitting.global_step,
         "last_batch": adaptive.batch_size if adaptive is not None else batch_size,
-        "val_accuracy": evaluate(net, *data()["val"])[1],
-        "test_accuracy": evaluate(net, *data()["test"])[1],
+        "val_accuracy": loss_and_accuracy(net, *data()["val"])[1],
+        "test_accuracy": loss_and_accuracy(net, *data()["test"])[1],
         "train_loss": train_loss if math.isfinite(train_loss) else None,
         "seconds": round(seconds, 2),
     }
-
-
-@torch.no_grad()
-def evaluate(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Mean loss and accuracy."""
-    logits = net.eval()(images)
-    loss = nn.functional.cross_entropy(logits, labels)
-    return loss.item(), (logits.argmax(dim=1) == labels).float().mean().item()
 
 
 def smoke(methods: list[str]) -> None:
@@ -262,22 +211,16 @@ def smoke(methods: list[str]) -> None:
 def compare(options: argparse.Namespace) -> None:
     rows = on_file()
     if not options.plot:
-        with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
+        with process_pool(options.processes) as pool:
 
-            def run_all(keys: list[Key]) -> None:
-                waiting = [pool.submit(run, *key) for key in keys if key not in rows]
-                for done in as_completed(waiting):
-                    row = done.result()
-                    rows[row["method"], row["number"], row["seed"]] = row
-                    print(f"{row['method']:<20}{row['lr']:<8.2g} seed {row['seed']}: ", end="")
-                    print(f"{row['steps']:>5} steps, {row['val_accuracy']:.2%}", flush=True)
-                    write(rows)
+            def done(row: Row) -> None:
+                print(f"{row['method']:<20}{row['lr']:<8.2g} seed {row['seed']}: ", end="")
+                print(f"{row['steps']:>5} steps, {row['val_accuracy']:.2%}", flush=True)
+                write(rows)
 
-            wanted = {method: list(range(METHODS[method][2] - 2, METHODS[method][2] + 3)) for method in options.only}
-            while any(wanted.values()):
-                run_all([(method, number, 0) for method, numbers in wanted.items() for number in numbers])
-                wanted = {method: beyond_the_edge(method, rows) for method in options.only}
-            run_all([key for method in options.only for key in around_the_best(method, rows)])
+            run_all = partial(run_missing, pool, run, rows=rows, done=done)
+            search(rows).widen({(method,): METHODS[method][2] for method in options.only}, run_all)
+            search(rows).confirm([(method,) for method in options.only], SEEDS, run_all)
         write(rows)
     results = summary(rows)
     for method, r in results.items():
@@ -287,37 +230,18 @@ def compare(options: argparse.Namespace) -> None:
     draw(results)
 
 
-def beyond_the_edge(method: str, rows: dict[Key, dict[str, Any]]) -> list[int]:
-    """The next rate if the best on seed 0 is the smallest or largest so far."""
-    numbers = [number for name, number, seed in rows if name == method and seed == 0]
-    best = best_number(method, rows)
-    return [best - 1] if best == min(numbers) else [best + 1] if best == max(numbers) else []
+def search(rows: dict[Key, Row]) -> RateSearch:
+    """Keys are method, number of the rate, seed."""
+    return RateSearch(rows, score=lambda row: row["val_accuracy"])
 
 
-def best_number(method: str, rows: dict[Key, dict[str, Any]], seeds: tuple[int, ...] = (0,)) -> int:
-    """The rate with the best mean validation accuracy among those that ran on all these seeds."""
-    numbers = {number for name, number, _ in rows if name == method}
-    means = {
-        number: statistics.mean(rows[method, number, seed]["val_accuracy"] for seed in seeds)
-        for number in sorted(numbers)
-        if all((method, number, seed) in rows for seed in seeds)
-    }
-    return max(means, key=lambda number: means[number])
-
-
-def around_the_best(method: str, rows: dict[Key, dict[str, Any]]) -> list[Key]:
-    best = best_number(method, rows)
-    return [(method, number, seed) for number in (best, best - 1, best + 1) for seed in SEEDS]
-
-
-def on_file() -> dict[Key, dict[str, Any]]:
-    path = RESULTS / "adaptive_batch_size.json"
-    old = json.loads(path.read_text()) if path.exists() else {}
+def on_file() -> dict[Key, Row]:
+    old = read_result("adaptive_batch_size")
     rows = old["runs"] if old.get("settings") == _settings() else []
     return {(row["method"], row["number"], row["seed"]): row for row in rows}
 
 
-def write(rows: dict[Key, dict[str, Any]]) -> None:
+def write(rows: dict[Key, Row]) -> None:
     ordered = sorted(rows.values(), key=lambda row: (list(METHODS).index(row["method"]), row["number"], row["seed"]))
     write_result("adaptive_batch_size", {"settings": _settings(), "results": summary(rows), "runs": ordered})
 
@@ -326,17 +250,14 @@ def _settings() -> dict[str, Any]:
     return json.loads(json.dumps({**SETTINGS, "methods": METHODS}))
 
 
-def summary(rows: dict[Key, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def summary(rows: dict[Key, Row]) -> dict[str, dict[str, Any]]:
     """For each method that is done: its rate, steps and accuracies, and for growing batches how far from the front."""
     done: dict[str, dict[str, Any]] = {}
     for method in METHODS:
-        started = any(name == method and seed == 0 for name, _, seed in rows)
-        if started and all(key in rows for key in around_the_best(method, rows)):
-            number = best_number(method, rows, SEEDS)
-            runs = [rows[method, number, seed] for seed in SEEDS]
+        if runs := search(rows).finished((method,), SEEDS):
             accuracies = [r["test_accuracy"] for r in runs]
             done[method] = {
-                "lr": rate(number),
+                "lr": runs[0]["lr"],
                 "steps": statistics.mean(r["steps"] for r in runs),
                 "test_accuracy": statistics.mean(accuracies),
                 "test_accuracy_std": statistics.stdev(accuracies),

@@ -19,18 +19,16 @@ Every run is written to ``benchmarks/results/lanczos_lr.json`` when it ends, and
 """
 
 import argparse
-import json
 import math
 import statistics
-import warnings
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
-from multiprocessing import get_context
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from _runner import RESULTS, paired_times, ratio_summary, write_result
+from _fits import quiet_trainer
+from _grid import Key, Row, loss_and_accuracy, process_pool, run_missing
+from _runner import paired_times, ratio_summary, read_result, write_result
 from torch import Tensor, nn
 
 from lightning_opt.callbacks import LanczosLRLearner
@@ -54,8 +52,6 @@ LEARNER = {
     "effective": {str(k): v for k, v in EFFECTIVE.items()},
     "recent": RECENT,
 }
-Key = tuple[str, str, str, int]
-"""Problem, decay, method, seed."""
 
 
 def convolutional() -> nn.Module:
@@ -86,11 +82,16 @@ def main() -> None:
     parser.add_argument("--cost", action="store_true", help="measure the cost only")
     options = parser.parse_args()
     stored = on_file()
-    rows: dict[Key, dict[str, Any]] = {(r["problem"], r["decay"], r["method"], r["seed"]): r for r in stored["runs"]}
+    rows: dict[Key, Row] = {(r["problem"], r["decay"], r["method"], r["seed"]): r for r in stored["runs"]}
     if options.cost:
         stored["cost"][torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"] = cost()
     else:
-        with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
+        with process_pool(options.processes) as pool:
+
+            def done(row: Row) -> None:
+                print(*row.values(), flush=True)
+                write(rows, stored["cost"])
+
             for methods in (grid_methods, learner_methods):
                 keys = [
                     (problem, decay, method, seed)
@@ -99,12 +100,7 @@ def main() -> None:
                     for method in methods(problem, decay, rows)
                     for seed in SEEDS
                 ]
-                waiting = [pool.submit(run, *key) for key in keys if key not in rows]
-                for done in as_completed(waiting):
-                    row = done.result()
-                    rows[row["problem"], row["decay"], row["method"], row["seed"]] = row
-                    print(*row.values(), flush=True)
-                    write(rows, stored["cost"])
+                run_missing(pool, run, keys, rows=rows, done=done)
     write(rows, stored["cost"])
     print_tables(rows, stored["cost"])
 
@@ -112,11 +108,11 @@ def main() -> None:
 # --- runs ---
 
 
-def grid_methods(problem: str, decay: str, rows: dict[Key, dict[str, Any]]) -> list[str]:
+def grid_methods(problem: str, decay: str, rows: dict[Key, Row]) -> list[str]:
     return [f"SGD {lr:g}" for lr in GRID]
 
 
-def learner_methods(problem: str, decay: str, rows: dict[Key, dict[str, Any]]) -> list[str]:
+def learner_methods(problem: str, decay: str, rows: dict[Key, Row]) -> list[str]:
     best = float(best_of_grid(problem, decay, rows)[0].split()[1])
     return [
         f"learner from {best / 100:g}",
@@ -129,7 +125,6 @@ def learner_methods(problem: str, decay: str, rows: dict[Key, dict[str, Any]]) -
 def run(problem: str, decay: str, method: str, seed: int) -> dict[str, Any]:
     """One run, by the Trainer."""
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
     source, make = PROBLEMS[problem]
     learns = method.startswith("learner")
     words = method.split()
@@ -138,18 +133,10 @@ def run(problem: str, decay: str, method: str, seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     module = Task(make(), lr, scale, decay if not learns else "constant")
     learner = LanczosLRLearner(decay="linear" if decay == "linear" else None)
-    trainer = pl.Trainer(
-        max_epochs=SETTINGS[source]["epochs"],
-        accelerator="cpu",
-        callbacks=[learner] if learns else [],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(max_epochs=SETTINGS[source]["epochs"], callbacks=[learner] if learns else [])
     data = data_module(source, seed)
     trainer.fit(module, data.train_dataloader())
-    accuracy, loss = evaluate(module.net, data.test_set)
+    loss, accuracy = loss_and_accuracy(module.net, *data.test_set.__getitems__(range(len(data.test_set))))
     return {
         "problem": problem,
         "decay": decay,
@@ -195,14 +182,6 @@ def data_module(source: str, seed: int) -> Any:
     data = loaded(source)
     data.seed = seed
     return data
-
-
-@torch.no_grad()
-def evaluate(net: nn.Module, data: Any) -> tuple[float, float]:
-    net.eval()
-    images, labels = data.__getitems__(range(len(data)))
-    logits = net(images)
-    return (logits.argmax(dim=1) == labels).float().mean().item(), nn.functional.cross_entropy(logits, labels).item()
 
 
 # --- cost ---
@@ -258,8 +237,7 @@ def cost(epochs: int = 10, batch_size: int = 128, rounds: int = 12) -> dict[str,
 
 
 def on_file() -> dict[str, Any]:
-    path = RESULTS / f"{FILE}.json"
-    old = json.loads(path.read_text()) if path.exists() else {}
+    old = read_result(FILE)
     cost_on_file = old.get("cost", {})
     runs = old["runs"] if old.get("settings") == SETTINGS else []
     if old.get("learner") != LEARNER:
@@ -267,25 +245,25 @@ def on_file() -> dict[str, Any]:
     return {"runs": runs, "cost": cost_on_file}
 
 
-def write(rows: dict[Key, dict[str, Any]], costs: dict[str, Any]) -> None:
+def write(rows: dict[Key, Row], costs: dict[str, Any]) -> None:
     ordered = [rows[key] for key in sorted(rows)]
     write_result(
         FILE, {"settings": SETTINGS, "learner": LEARNER, "results": summary(rows), "cost": costs, "runs": ordered}
     )
 
 
-def accuracies(problem: str, decay: str, method: str, rows: dict[Key, dict[str, Any]]) -> list[float]:
+def accuracies(problem: str, decay: str, method: str, rows: dict[Key, Row]) -> list[float]:
     return [rows[problem, decay, method, s]["test_accuracy"] for s in SEEDS if (problem, decay, method, s) in rows]
 
 
-def best_of_grid(problem: str, decay: str, rows: dict[Key, dict[str, Any]]) -> tuple[str, list[float]]:
+def best_of_grid(problem: str, decay: str, rows: dict[Key, Row]) -> tuple[str, list[float]]:
     """The rate with the best mean test accuracy: chosen on the test set, in the grid's favor."""
     values = {m: accuracies(problem, decay, m, rows) for m in grid_methods(problem, decay, rows)}
     best = max(values, key=lambda method: statistics.mean(values[method]))
     return best, values[best]
 
 
-def summary(rows: dict[Key, dict[str, Any]]) -> list[dict[str, Any]]:
+def summary(rows: dict[Key, Row]) -> list[dict[str, Any]]:
     """For each problem and decay that is done: the best of the grid, and each start of the learner beside it."""
     results = []
     for problem in PROBLEMS:
@@ -316,7 +294,7 @@ def _row(problem: str, decay: str, method: str, values: list[float], best: list[
     }
 
 
-def print_tables(rows: dict[Key, dict[str, Any]], costs: dict[str, Any]) -> None:
+def print_tables(rows: dict[Key, Row], costs: dict[str, Any]) -> None:
     for r in summary(rows):
         print(
             f"{r['problem']:<19}{r['decay']:<10}{r['method']:<30}{r['mean']:>7.2%} ± {r['std']:.2%}"

@@ -15,19 +15,27 @@ Every run is written to ``benchmarks/results/optimizers.json`` when it ends, and
 """
 
 import argparse
-import json
 import math
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import cache
-from multiprocessing import get_context
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from _runner import RESULTS, write_result
+from _grid import (
+    Key,
+    RateSearch,
+    Row,
+    loss_and_accuracy,
+    paired_verdict,
+    process_pool,
+    rate_1_3_10,
+    run_missing,
+    whole_splits,
+)
+from _runner import read_result, write_result
 from torch import Tensor, nn
 
 from lightning_opt.data import FashionMNIST
@@ -43,10 +51,8 @@ SETTINGS = {
     "epochs": 10,
     "schedule": "linear to zero",
 }
-SEEDS = (0, 1, 2)
+SEEDS = 3
 LOWEST = 76  # percent, of the pictures
-Key = tuple[str, int, int]
-"""Method, number of the rate, seed."""
 
 Make = Callable[[nn.Module, float], torch.optim.Optimizer]
 METHODS: dict[str, tuple[Make, int, float]] = {  # how to make it, the number of its usual rate, a factor of all rates
@@ -84,64 +90,28 @@ def main() -> None:
     options = parser.parse_args()
     rows = on_file()
     if not options.plot:
-        with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
+        with process_pool(options.processes) as pool:
 
-            def run_all(keys: list[Key]) -> None:
-                waiting = [pool.submit(run, *key) for key in keys if key not in rows]
-                for done in as_completed(waiting):
-                    row = done.result()
-                    rows[row["method"], row["number"], row["seed"]] = row
-                    print(
-                        f"{row['method']:<20}{row['lr']:<8.2g} seed {row['seed']}: {row['val_accuracy']:.2%}",
-                        flush=True,
-                    )
-                    write(rows)
+            def done(row: Row) -> None:
+                print(f"{row['method']:<20}{row['lr']:<8.2g} seed {row['seed']}: {row['val_accuracy']:.2%}", flush=True)
+                write(rows)
 
-            wanted = {method: grid(method) for method in options.only}
-            while any(wanted.values()):
-                run_all([(method, number, 0) for method, numbers in wanted.items() for number in numbers])
-                wanted = {method: beyond_the_edge(method, rows) for method in options.only}
-            run_all([key for method in options.only for key in around_the_best(method, rows)])
+            run_all = partial(run_missing, pool, run, rows=rows, done=done)
+            search(rows).widen({(method,): METHODS[method][1] for method in options.only}, run_all)
+            search(rows).confirm([(method,) for method in options.only], SEEDS, run_all)
         write(rows)
     results = summary(rows)
     print_table(results)
     draw(rows, results)
 
 
-# --- which runs ---
+def search(rows: dict[Key, Row]) -> RateSearch:
+    """Keys are method, number of the rate, seed."""
+    return RateSearch(rows, score=lambda row: row["val_accuracy"])
 
 
 def rate(method: str, number: int) -> float:
-    """1, 3, 10, 30, ... times a power of ten, by number."""
-    return float(f"{METHODS[method][2] * (3 if number % 2 else 1) * 10.0 ** (number // 2):.1g}")
-
-
-def grid(method: str) -> list[int]:
-    centre = METHODS[method][1]
-    return list(range(centre - 2, centre + 3))
-
-
-def beyond_the_edge(method: str, rows: dict[Key, dict[str, Any]]) -> list[int]:
-    """The next rate if the best on seed 0 is the smallest or largest so far."""
-    numbers = [number for name, number, seed in rows if name == method and seed == 0]
-    best = best_number(method, rows)
-    return [best - 1] if best == min(numbers) else [best + 1] if best == max(numbers) else []
-
-
-def best_number(method: str, rows: dict[Key, dict[str, Any]], seeds: tuple[int, ...] = (0,)) -> int:
-    """The rate with the best mean validation accuracy among those that ran on all these seeds."""
-    numbers = {number for name, number, _ in rows if name == method}
-    means = {
-        number: statistics.mean(rows[method, number, seed]["val_accuracy"] for seed in seeds)
-        for number in sorted(numbers)
-        if all((method, number, seed) in rows for seed in seeds)
-    }
-    return max(means, key=lambda number: means[number])
-
-
-def around_the_best(method: str, rows: dict[Key, dict[str, Any]]) -> list[Key]:
-    best = best_number(method, rows)
-    return [(method, number, seed) for number in (best, best - 1, best + 1) for seed in SEEDS]
+    return rate_1_3_10(number, METHODS[method][2])
 
 
 # --- one run ---
@@ -150,11 +120,7 @@ def around_the_best(method: str, rows: dict[Key, dict[str, Any]]) -> list[Key]:
 @cache
 def data() -> dict[str, tuple[Tensor, Tensor]]:
     """Images and labels of the three splits."""
-    module = FashionMNIST(train_size=SETTINGS["train_size"], val_size=SETTINGS["val_size"])
-    module.prepare_data()
-    module.setup()
-    splits = {"train": module.train_set, "val": module.val_set, "test": module.test_set}
-    return {name: split.__getitems__(range(len(split))) for name, split in splits.items() if split is not None}
+    return whole_splits(FashionMNIST(train_size=SETTINGS["train_size"], val_size=SETTINGS["val_size"]))
 
 
 def run(method: str, number: int, seed: int) -> dict[str, Any]:
@@ -174,72 +140,57 @@ def run(method: str, number: int, seed: int) -> dict[str, Any]:
             optimizer.step()
             schedule.step()
     seconds = time.perf_counter() - begin
-    train_loss, _ = evaluate(net, *data()["train"])
+    train_loss, _ = loss_and_accuracy(net, *data()["train"])
     return {
         "method": method,
         "number": number,
         "lr": rate(method, number),
         "seed": seed,
-        "val_accuracy": evaluate(net, *data()["val"])[1],
-        "test_accuracy": evaluate(net, *data()["test"])[1],
+        "val_accuracy": loss_and_accuracy(net, *data()["val"])[1],
+        "test_accuracy": loss_and_accuracy(net, *data()["test"])[1],
         "train_loss": train_loss if math.isfinite(train_loss) else None,
         "seconds": round(seconds, 2),
     }
 
 
-@torch.no_grad()
-def evaluate(net: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Mean loss and accuracy."""
-    logits = net(images)
-    loss = nn.functional.cross_entropy(logits, labels)
-    return loss.item(), (logits.argmax(dim=1) == labels).float().mean().item()
-
-
 # --- results ---
 
 
-def on_file() -> dict[Key, dict[str, Any]]:
-    path = RESULTS / "optimizers.json"
-    old = json.loads(path.read_text()) if path.exists() else {}
+def on_file() -> dict[Key, Row]:
+    old = read_result("optimizers")
     rows = old["runs"] if old.get("settings") == SETTINGS else []
     return {(r["method"], r["number"], r["seed"]): {**r, "lr": rate(r["method"], r["number"])} for r in rows}
 
 
-def write(rows: dict[Key, dict[str, Any]]) -> None:
+def write(rows: dict[Key, Row]) -> None:
     ordered = sorted(rows.values(), key=lambda row: (list(METHODS).index(row["method"]), row["number"], row["seed"]))
     results = {"results": summary(rows), "diffgrad_and_adam": twins(rows)}
     write_result("optimizers", {"settings": SETTINGS, **results, "runs": ordered})
 
 
-def summary(rows: dict[Key, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def summary(rows: dict[Key, Row]) -> dict[str, dict[str, Any]]:
     """For each method that is done: its rate, and mean and standard deviation over the seeds."""
     done = {}
     for method in METHODS:
-        started = any(name == method and seed == 0 for name, _, seed in rows)
-        if started and all(key in rows for key in around_the_best(method, rows)):
-            number = best_number(method, rows, SEEDS)
-            runs = [rows[method, number, seed] for seed in SEEDS]
+        if runs := search(rows).finished((method,), SEEDS):
             done[method] = {
-                "lr": rate(method, number),
+                "lr": runs[0]["lr"],
                 **{name: _mean([r[name] for r in runs]) for name in ("test_accuracy", "val_accuracy", "train_loss")},
                 "test_accuracy_std": statistics.stdev(r["test_accuracy"] for r in runs),
                 "seconds": _mean([r["seconds"] for r in runs]),
                 "test_accuracies": [r["test_accuracy"] for r in runs],
             }
     for result in done.values():
-        result["beside"] = {name: verdict(result, done[name]) for name in ("Adam", "SGD") if name in done}
+        ours = result["test_accuracies"]
+        result["beside"] = {
+            name: paired_verdict(ours, done[name]["test_accuracies"], larger_is_better=True)
+            for name in ("Adam", "SGD")
+            if name in done
+        }
     return done
 
 
-def verdict(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    """The mean difference of test accuracy, its standard error, and what to call it."""
-    differences = [a - b for a, b in zip(ours["test_accuracies"], theirs["test_accuracies"], strict=True)]
-    mean, error = statistics.mean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
-    word = "tie" if abs(mean) <= error else "better" if mean > 0 else "worse"
-    return {"difference": mean, "standard_error": error, "verdict": word}
-
-
-def twins(rows: dict[Key, dict[str, Any]]) -> list[dict[str, float]]:
+def twins(rows: dict[Key, Row]) -> list[dict[str, float]]:
     """DiffGrad beside Adam at half its rate, on the same seed."""
     return [
         {
@@ -263,7 +214,7 @@ def print_table(results: dict[str, dict[str, Any]]) -> None:
         print(f"{method:<20}{r['lr']:>8.2g}{accuracy:>18}{r['train_loss']:>12.4f}{r['seconds']:>9.1f}   {words}")
 
 
-def draw(rows: dict[Key, dict[str, Any]], results: dict[str, dict[str, Any]]) -> None:
+def draw(rows: dict[Key, Row], results: dict[str, dict[str, Any]]) -> None:
     """Test accuracy against learning rate: seed 0, and mean and standard deviation where there are three seeds."""
     import matplotlib
 
@@ -276,8 +227,9 @@ def draw(rows: dict[Key, dict[str, Any]], results: dict[str, dict[str, Any]]) ->
         figure, axes = plt.subplots(figsize=(7, 4))
         for method in ["SGD", "Adam", *methods]:
             points = []
-            for number in sorted({n for name, n, _ in rows if name == method}):
-                values = [100 * rows[method, number, s]["test_accuracy"] for s in SEEDS if (method, number, s) in rows]
+            for number in search(rows).numbers((method,)):
+                keys = [(method, number, seed) for seed in range(SEEDS)]
+                values = [100 * rows[key]["test_accuracy"] for key in keys if key in rows]
                 shown = len(values) > 1 and statistics.mean(values) > LOWEST
                 spread = statistics.stdev(values) if shown else 0.0
                 points.append((rate(method, number), statistics.mean(values), spread))

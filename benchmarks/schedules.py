@@ -20,20 +20,19 @@ norms are in ``benchmarks/results/schedules/``.
 """
 
 import argparse
-import json
 import math
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import cache
-from multiprocessing import get_context
+from concurrent.futures import Executor
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
-from _runner import RESULTS, write_result
+from _grid import Key, RateSearch, Row, RunAll, paired_verdict, process_pool, run_missing, whole_splits
+from _runner import RESULTS, read_result, write_result
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, MultiStepLR
 
@@ -44,8 +43,6 @@ from lightning_opt.schedules import LinearDecayLR, NormRecord, RefinedLR, refine
 PICTURE = Path(__file__).parents[1] / "docs" / "methods" / "img" / "lr-refinement.png"
 NORMS = RESULTS / "schedules"
 WARMUP = 0.1  # of the steps
-Key = tuple[str, str, int, int]
-"""Problem, schedule, number of the rate, seed."""
 
 
 class Problem(NamedTuple):
@@ -134,7 +131,7 @@ SCHEDULES: dict[str, Schedule] = {  # how to make one for a number of steps
     "step": lambda optimizer, steps: MultiStepLR(optimizer, [steps // 2, 3 * steps // 4], 0.1),
     "cosine": lambda optimizer, steps: CosineAnnealingLR(optimizer, steps),
     "linear": LinearDecayLR,
-    "linear, warm-up": lambda optimizer, steps: LinearDecayLR(optimizer, steps, round(WARMUP * steps)),
+    "linear, warm-up": lambda optimizer, steps: LinearDecayLR(optimizer, steps, WARMUP),
 }
 REFINED = "refined"
 
@@ -148,73 +145,38 @@ def main() -> None:
     options = parser.parse_args()
     rows = on_file()
     if not options.plot:
-        with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
+        with process_pool(options.processes) as pool:
+
+            def done(row: Row) -> None:
+                score = math.inf if row["val"] is None else row["val"]
+                print(f"{row['problem']:<16}{row['schedule']:<17}{row['lr']:<10.3g} seed {row['seed']}: ", end="")
+                print(f"{score:.4f}", flush=True)
+                write(rows)
+
+            run_all = partial(run_missing, pool, run, rows=rows, done=done)
             for problem in options.problems:
-                measure(problem, rows, pool)
+                measure(problem, rows, run_all, pool)
         write(rows)
     print_tables(summary(rows))
     draw(rows)
 
 
-def measure(problem: str, rows: dict[Key, dict[str, Any]], pool: ProcessPoolExecutor) -> None:
+def measure(problem: str, rows: dict[Key, Row], run_all: RunAll, pool: Executor) -> None:
     """Run what a problem needs and what is not on file."""
-
-    def run_all(keys: list[Key]) -> None:
-        waiting = [pool.submit(run, *key) for key in keys if key not in rows]
-        for done in as_completed(waiting):
-            row = done.result()
-            rows[row["problem"], row["schedule"], row["number"], row["seed"]] = row
-            score = math.inf if row["val"] is None else row["val"]
-            print(f"{problem:<16}{row['schedule']:<17}{row['lr']:<10.3g} seed {row['seed']}: {score:.4f}", flush=True)
-            write(rows)
-
-    def tune(schedules: list[str]) -> None:
-        wanted = {name: grid(problem) for name in schedules}
-        while any(wanted.values()):
-            run_all([(problem, name, number, 0) for name, numbers in wanted.items() for number in numbers])
-            wanted = {name: beyond_the_edge(problem, name, rows) for name in schedules}
-
-    tune(list(SCHEDULES))
-    refresh_norms(problem, best_number(problem, "linear", rows), rows, pool)
-    tune([REFINED])
-    run_all([key for name in [*SCHEDULES, REFINED] for key in around_the_best(problem, name, rows)])
+    centre = PROBLEMS[problem].centre
+    search(rows).widen({(problem, name): centre for name in SCHEDULES}, run_all)
+    refresh_norms(problem, search(rows).best((problem, "linear")), rows, pool)
+    search(rows).widen({(problem, REFINED): centre}, run_all)
+    search(rows).confirm([(problem, name) for name in [*SCHEDULES, REFINED]], PROBLEMS[problem].seeds, run_all)
 
 
-# --- which runs ---
+def search(rows: dict[Key, Row]) -> RateSearch:
+    """Keys are problem, schedule, number of the rate, seed."""
+    return RateSearch(rows, score=lambda row: None if row["val"] is None else -row["val"])
 
 
 def rate(number: int) -> float:
     return 2.0**number
-
-
-def grid(problem: str) -> list[int]:
-    centre = PROBLEMS[problem].centre
-    return list(range(centre - 2, centre + 3))
-
-
-def beyond_the_edge(problem: str, schedule: str, rows: dict[Key, dict[str, Any]]) -> list[int]:
-    """The next rate if the best on seed 0 is the smallest or largest so far."""
-    numbers = [number for p, s, number, seed in rows if (p, s, seed) == (problem, schedule, 0)]
-    best = best_number(problem, schedule, rows)
-    return [best - 1] if best == min(numbers) else [best + 1] if best == max(numbers) else []
-
-
-def best_number(problem: str, schedule: str, rows: dict[Key, dict[str, Any]], seeds: int = 1) -> int:
-    """The rate with the best mean validation score among those that ran on so many seeds."""
-    numbers = {number for p, s, number, _ in rows if (p, s) == (problem, schedule)}
-    means = {}
-    for number in sorted(numbers):
-        keys = [(problem, schedule, number, seed) for seed in range(seeds)]
-        if all(key in rows for key in keys):
-            scores = [rows[key]["val"] for key in keys]
-            means[number] = math.inf if None in scores else statistics.mean(scores)
-    return min(means, key=lambda number: means[number])
-
-
-def around_the_best(problem: str, schedule: str, rows: dict[Key, dict[str, Any]]) -> list[Key]:
-    best = best_number(problem, schedule, rows)
-    seeds = range(PROBLEMS[problem].seeds)
-    return [(problem, schedule, number, seed) for number in (best, best - 1, best + 1) for seed in seeds]
 
 
 # --- one run ---
@@ -223,12 +185,8 @@ def around_the_best(problem: str, schedule: str, rows: dict[Key, dict[str, Any]]
 @cache
 def data(problem: str) -> dict[str, tuple[Tensor, Tensor]]:
     """Inputs and targets of the three splits, on the problem's device."""
-    module: Any = PROBLEMS[problem].data()
-    module.prepare_data()
-    module.setup()
-    splits = {"train": module.train_set, "val": module.val_set, "test": module.test_set}
-    whole = {name: split.__getitems__(range(len(split))) for name, split in splits.items()}
-    return {name: (x.to(PROBLEMS[problem].device), y.to(PROBLEMS[problem].device)) for name, (x, y) in whole.items()}
+    device = PROBLEMS[problem].device
+    return {name: (x.to(device), y.to(device)) for name, (x, y) in whole_splits(PROBLEMS[problem].data()).items()}
 
 
 def total_steps(problem: str) -> int:
@@ -310,7 +268,7 @@ def evaluate(problem: str, net: nn.Module, split: str) -> float | None:
 # --- the refined schedule ---
 
 
-def refresh_norms(problem: str, number: int, rows: dict[Key, dict[str, Any]], pool: ProcessPoolExecutor) -> None:
+def refresh_norms(problem: str, number: int, rows: dict[Key, Row], pool: Executor) -> None:
     """Record the norms of linear decay at its best rate, unless that is on file; new norms void the refined runs."""
     if (old := norms_on_file(problem)) is not None and old.lr == rate(number):
         return
@@ -354,36 +312,31 @@ def settings_of(problem: str, schedule: str) -> dict[str, Any]:
     return {**PROBLEMS[problem].settings(), **({"norms_at": record.lr} if record else {})}
 
 
-def on_file() -> dict[Key, dict[str, Any]]:
-    path = RESULTS / "schedules.json"
-    runs = json.loads(path.read_text())["runs"] if path.exists() else []
+def on_file() -> dict[Key, Row]:
     return {
         (r["problem"], r["schedule"], r["number"], r["seed"]): r
-        for r in runs
+        for r in read_result("schedules").get("runs", [])
         if r["settings"] == settings_of(r["problem"], r["schedule"])
     }
 
 
-def write(rows: dict[Key, dict[str, Any]]) -> None:
+def write(rows: dict[Key, Row]) -> None:
     names = [*SCHEDULES, REFINED]
     ordered = sorted(rows, key=lambda key: (list(PROBLEMS).index(key[0]), names.index(key[1]), *key[2:]))
     write_result("schedules", {**summary(rows), "runs": [rows[key] for key in ordered]})
 
 
-def summary(rows: dict[Key, dict[str, Any]]) -> dict[str, Any]:
+def summary(rows: dict[Key, Row]) -> dict[str, Any]:
     """For each problem that is done, each schedule beside the refined one; and the mean ranks over these problems."""
     problems: dict[str, dict[str, Any]] = {}
     for problem, chosen in PROBLEMS.items():
-        names = [*SCHEDULES, REFINED]
-        started = {s for p, s, _, seed in rows if p == problem and seed == 0}
-        if started == set(names) and all(key in rows for s in names for key in around_the_best(problem, s, rows)):
+        found = {name: search(rows).finished((problem, name), chosen.seeds) for name in [*SCHEDULES, REFINED]}
+        if all(found.values()):
             cells = {}
-            for name in names:
-                number = best_number(problem, name, rows, chosen.seeds)
-                runs = [rows[problem, name, number, seed] for seed in range(chosen.seeds)]
+            for name, runs in found.items():
                 scores = [r["test"] for r in runs]
                 cells[name] = {
-                    "lr": rate(number),
+                    "lr": runs[0]["lr"],
                     "test": statistics.mean(scores),
                     "standard_error": statistics.stdev(scores) / math.sqrt(len(scores)),
                     **{split: statistics.mean(r[split] for r in runs) for split in ("val", "train")},
@@ -393,7 +346,8 @@ def summary(rows: dict[Key, dict[str, Any]]) -> dict[str, Any]:
             for name, cell in cells.items():
                 cell["rank"] = rank(cell["test"], [other["test"] for other in cells.values()])
                 if name != REFINED:
-                    cell["refined_beside_it"] = verdict(cells[REFINED]["tests"], cell["tests"])
+                    ours = cells[REFINED]["tests"]
+                    cell["refined_beside_it"] = paired_verdict(ours, cell["tests"], larger_is_better=False)
             problems[problem] = {"score": chosen.score, "seeds": chosen.seeds, "schedules": cells}
     ranks = {
         name: statistics.mean(done["schedules"][name]["rank"] for done in problems.values())
@@ -408,14 +362,6 @@ def rank(score: float, scores: list[float]) -> float:
     equal = sum(math.isclose(score, other, rel_tol=1e-9) for other in scores)
     below = sum(other < score and not math.isclose(score, other, rel_tol=1e-9) for other in scores)
     return below + (equal + 1) / 2
-
-
-def verdict(ours: list[float], theirs: list[float]) -> dict[str, Any]:
-    """The mean difference of the score, its standard error, and what to call it."""
-    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-    mean, error = statistics.mean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
-    word = "tie" if abs(mean) <= error else "better" if mean < 0 else "worse"
-    return {"difference": mean, "standard_error": error, "verdict": word}
 
 
 def print_tables(results: dict[str, Any]) -> None:
@@ -441,7 +387,7 @@ def print_tables(results: dict[str, Any]) -> None:
             print(f"| {name} | {' | '.join(values)} | {results['mean_ranks'][name]:.2f} |")
 
 
-def draw(rows: dict[Key, dict[str, Any]]) -> None:
+def draw(rows: dict[Key, Row]) -> None:
     """For each problem the recorded norms, and the schedules that follow from them beside linear decay."""
     import matplotlib
 
