@@ -49,7 +49,8 @@ class LinearDecayLR(StepSchedule):
         optimizer: Its groups' ``lr`` are the peak rates.
         total_steps: Optimizer steps of the run, such as ``self.trainer.estimated_stepping_batches`` in
             ``configure_optimizers``; None is for the ``lightning-opt`` command, which finds it out.
-        warmup_steps: Steps before the peak, fewer than ``total_steps``.
+        warmup_steps: Steps before the peak, fewer than ``total_steps``; or, as a float below 1, their share of
+            ``total_steps``, rounded to whole steps: it fits a run of any length, also that of ``fast_dev_run``.
         min_factor: Factor :math:`m` that is reached behind the last step.
         power: Exponent :math:`q`; 1 is linear.
         extend: What a step beyond ``total_steps`` does: raise RuntimeError, or hold the final rate.
@@ -77,7 +78,7 @@ class LinearDecayLR(StepSchedule):
         self,
         optimizer: Optimizer,
         total_steps: int | None = None,
-        warmup_steps: int = 0,
+        warmup_steps: int | float = 0,
         min_factor: float = 0.0,
         power: float = 1.0,
         extend: Literal["raise", "hold"] = "raise",
@@ -105,12 +106,25 @@ def warmup(step: int, warmup_steps: int) -> float:
 
 
 def check_warmup(warmup_steps: Any, total_steps: int) -> int:
-    """Return ``warmup_steps`` as an int.
+    """Return ``warmup_steps``, which may be a share of ``total_steps``, as a number of steps.
 
     Raises:
-        ValueError: If it is not from 0 to ``total_steps - 1``.
+        ValueError: If it is neither an integer from 0 to ``total_steps - 1`` nor a float in [0, 1).
+
+    Example:
+        >>> check_warmup(10, 100), check_warmup(0.1, 100), check_warmup(0.1, 1)
+        (10, 10, 0)
     """
+    if isinstance(warmup_steps, float):
+        if not 0 <= warmup_steps < 1:
+            raise ValueError(
+                "warmup_steps must be an integer (steps) or a float in [0, 1) (a share of total_steps), got"
+                f" {warmup_steps}"
+            )
+        return min(round(warmup_steps * total_steps), total_steps - 1)  # one step is left for the peak
     steps = check_steps("warmup_steps", warmup_steps, 0)
     if steps >= total_steps:
-        raise ValueError(f"warmup_steps must be below total_steps={total_steps}, got {steps}")
+        raise ValueError(
+            f"warmup_steps must be below total_steps={total_steps}, got {steps}; a float is a share of total_steps"
+        )
     return steps

@@ -40,7 +40,8 @@ class RefinedLR(StepSchedule):
             two, none negative, not all zero.
         total_steps: Optimizer steps of the run; None takes as many as the schedule has values (the ``lightning-opt``
             command takes the run's).
-        warmup_steps: Steps in which the schedule is multiplied by a linear warm-up, fewer than ``total_steps``.
+        warmup_steps: Steps in which the schedule is multiplied by a linear warm-up, fewer than ``total_steps``; or, as
+            a float below 1, their share of ``total_steps``.
         extend: What a step beyond ``total_steps`` does: raise RuntimeError, or hold the final rate.
         last_epoch: Index of the last step done; -1 to begin.
 
@@ -68,7 +69,7 @@ class RefinedLR(StepSchedule):
         optimizer: Optimizer,
         schedule: str | list[float] | Tensor,
         total_steps: int | None = None,
-        warmup_steps: int = 0,
+        warmup_steps: int | float = 0,
         extend: Literal["raise", "hold"] = "raise",
         last_epoch: int = -1,
     ) -> None:

@@ -9,6 +9,7 @@ settings = {
     "LinearDecayLR": [
         {"total_steps": 12},
         {"total_steps": 12, "warmup_steps": 4, "min_factor": 0.1, "power": 2.0},
+        {"total_steps": 12, "warmup_steps": 0.25},
     ]
 }
 
@@ -48,6 +49,18 @@ def test_warm_up_rises_evenly_from_the_first_step_to_the_peak():
     assert seen == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0.0], abs=1e-15)
 
 
+@pytest.mark.parametrize(
+    ("share", "total", "steps"),
+    [(0.1, 1000, 100), (0.29, 100, 29), (0.0, 5, 0), (0.1, 1, 0), (0.9, 1, 0), (0.99, 4, 3)],
+)
+def test_warm_up_as_a_share_of_the_run(share, total, steps):
+    """Whole steps, and one at least for the peak, however short the run."""
+    scheduler = LinearDecayLR(optimizer(), total, warmup_steps=share)
+    assert scheduler.warmup_steps == steps
+    assert factors(scheduler, total) == factors(LinearDecayLR(optimizer(), total, warmup_steps=steps), total)
+    assert RefinedLR(optimizer(), [1.0, 0.0], total, warmup_steps=share).warmup_steps == steps
+
+
 def test_min_factor_and_power():
     seen = factors(LinearDecayLR(optimizer(2.0), 4, min_factor=0.2, power=2.0), 4)
     assert seen == pytest.approx([2 * (0.2 + 0.8 * (1 - s / 4) ** 2) for s in range(5)], abs=1e-15)
@@ -69,6 +82,9 @@ def test_steps_beyond_the_end():
         ({"total_steps": 0}, "total_steps must be an integer >= 1, got 0"),
         ({"total_steps": True}, "total_steps must be an integer >= 1, got True"),
         ({"total_steps": 5, "warmup_steps": 5}, "warmup_steps must be below total_steps=5, got 5"),
+        ({"total_steps": 5, "warmup_steps": 7}, "got 7; a float is a share of total_steps"),
+        ({"total_steps": 5, "warmup_steps": 1.0}, r"a float in \[0, 1\) \(a share of total_steps\), got 1.0"),
+        ({"total_steps": 5, "warmup_steps": -0.1}, "got -0.1"),
         ({"total_steps": 5, "min_factor": 1.5}, r"min_factor must be in \[0.0, 1.0\], got 1.5"),
         ({"total_steps": 5, "power": 0.0}, "power must be > 0.0"),
         ({"total_steps": 5, "extend": "stop"}, "extend must be one of 'raise', 'hold'"),
