@@ -65,7 +65,7 @@ def fetch_file(file: PublishedFile, mirrors: Sequence[str], folder: Path) -> Pat
                 )
             )
         except (OSError, ValueError) as error:  # the network and the disk; a wrong checksum
-            failures.append(f"{mirror + served}: {error}")
+            failures.append(f"{mirror + served}: {_in_short(error)}")
     raise DataNotFoundError("\n".join(failures))
 
 
@@ -102,17 +102,19 @@ def missing_file(
     folder: str,
     searched: Sequence[Path],
     package: str = "",
+    details: str = "",
 ) -> DataNotFoundError:
-    """The error for a file that is not at hand, with the ways to provide it.
+    """The error for a file that is not at hand: first the ways to provide it, then what was tried.
 
     Args:
         owner: The data module that asks for it.
         file: What is missing.
-        reason: Why fetching did not help, as the end of a sentence.
+        reason: Why fetching did not help, as the end of a sentence, with its full stop.
         files: The names of all files of the dataset.
         folder: The dataset's folder below a folder of datasets.
         searched: Where the file was looked for.
         package: The package of the system that installs the files, if there is one.
+        details: What each mirror answered, a line each.
     """
     ways = [
         f"put the files ({', '.join(files)}; each as it is or with .gz) into a folder DIR/{folder} and set root=DIR"
@@ -121,11 +123,21 @@ def missing_file(
         f"or install the Debian package: apt install {package}" if package else "",
         f"or run once with a network: they are fetched into {cache_folder(folder)}",
     ]
+    tried = "\nTried:\n" + "\n".join(f"  - {line}" for line in details.splitlines()) if details else ""
     return DataNotFoundError(
         f"{owner}: the file {file} is not at hand and {reason}\n"
-        f"Searched: {', '.join(map(str, searched)) or 'no local folder (none is set)'}\n"
-        "To provide the files:\n" + "\n".join(f"  - {way}" for way in ways if way)
+        "To provide the files:\n" + "\n".join(f"  - {way}" for way in ways if way) + "\n"
+        f"Searched: {', '.join(map(str, searched)) or 'no local folder (none is set)'}{tried}"
     )
+
+
+def _in_short(error: BaseException) -> str:
+    """What went wrong, without the layers of the network's libraries around it."""
+    while (inner := getattr(error, "reason", None) or next(iter(error.args), None)) and isinstance(
+        inner, BaseException
+    ):
+        error = inner
+    return str(error).rpartition("Failed to establish a new connection: ")[2]
 
 
 ENVIRONMENT = "LIGHTNING_OPT_DATA"

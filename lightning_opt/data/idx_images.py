@@ -57,7 +57,7 @@ class IdxImages(ImageDataModule):
                     try:
                         fetch_file(file, self.mirrors, cache_folder(self.folders[0]))
                     except DataNotFoundError as error:
-                        raise self._missing(file, f"could not be fetched:\n{error}") from None
+                        raise self._missing(file, "could not be fetched.", str(error)) from None
 
     def load(self, split: Split) -> tuple[Tensor, Tensor]:
         """Read and check the two files of a split."""
@@ -86,7 +86,7 @@ class IdxImages(ImageDataModule):
     def _local_folders(self) -> list[Path]:
         return local_folders(self.root, self.folders, self.system_folder)
 
-    def _missing(self, file: PublishedFile, reason: str) -> DataNotFoundError:
+    def _missing(self, file: PublishedFile, reason: str, details: str = "") -> DataNotFoundError:
         return missing_file(
             type(self).__name__,
             file.name,
@@ -95,4 +95,5 @@ class IdxImages(ImageDataModule):
             folder=self.folders[0],
             searched=self._local_folders(),
             package=self.system_package if self.system_folder else "",
+            details=details,
         )

@@ -36,7 +36,7 @@ class PublishedFiles:
             try:
                 fetch_file(file, self.mirrors, cache_folder(self.folders[0]))
             except DataNotFoundError as error:
-                raise self._missing(file, f"could not be fetched:\n{error}") from None
+                raise self._missing(file, "could not be fetched.", str(error)) from None
 
     def read(self, file: PublishedFile, *, verify: bool) -> tuple[Path, bytes]:
         """Where a file is and what it holds, decompressed.
@@ -53,8 +53,9 @@ class PublishedFiles:
     def _local_folders(self) -> list[Path]:
         return local_folders(self.root, self.folders, None)
 
-    def _missing(self, file: PublishedFile, reason: str) -> DataNotFoundError:
+    def _missing(self, file: PublishedFile, reason: str, details: str = "") -> DataNotFoundError:
         names = [file.name for file in self.files]
+        searched = self._local_folders()
         return missing_file(
-            self.owner, file.name, reason, files=names, folder=self.folders[0], searched=self._local_folders()
+            self.owner, file.name, reason, files=names, folder=self.folders[0], searched=searched, details=details
         )

@@ -116,10 +116,14 @@ def test_without_files_and_network_the_ways_to_provide_them_are_named(tmp_path: 
     with pytest.raises(DataNotFoundError) as caught:
         tiny(root=str(tmp_path)).prepare_data()
     message = str(caught.value)
-    assert message.startswith("Tiny: the file train-images-idx3-ubyte is not at hand and could not be fetched:\n")
-    for mirror in ("one", "two"):
-        assert f"\nhttp://127.0.0.1:9/{mirror}/train-images-idx3-ubyte.gz: " in message
-    assert f"Searched: {tmp_path}/tiny-images, {tmp_path}/Tiny/raw, {tmp_path}, /nowhere\n" in message
+    head, searched = "Tiny: the file train-images-idx3-ubyte is not at hand and could not be fetched.\n", "\nSearched: "
+    assert message.startswith(f"{head}To provide the files:\n  - put the files")
+    assert f"{searched}{tmp_path}/tiny-images, {tmp_path}/Tiny/raw, {tmp_path}, /nowhere\n" in message
+    assert message.partition(searched)[2].splitlines()[1:] == [  # what was tried comes last, a short line a mirror
+        "Tried:",
+        f"  - http://127.0.0.1:9/one/{NAMES[0]}.gz: [Errno 111] Connection refused",
+        f"  - http://127.0.0.1:9/two/{NAMES[0]}.gz: [Errno 111] Connection refused",
+    ]
     for way in (
         f"put the files ({', '.join(NAMES)}; each as it is or with .gz) into a folder DIR/tiny-images and set root=DIR",
         "LIGHTNING_OPT_DATA=DIR",
