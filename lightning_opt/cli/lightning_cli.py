@@ -215,7 +215,7 @@ class LightningOptCLI(LightningCLI):
             config = self.config_init[self.subcommand]
             path = runs.new_run_folder(str(config.trainer.default_root_dir), config.name) / "predictions.pt"
             torch.save(predictions, path)
-            _result(f"predictions: {_relative(path)}")
+            _result(f"predictions: {runs.shown_path(path)}")
 
     def _check_optimizer(self, config: Namespace) -> None:
         """Refuse a wrong learning rate before anything is fetched or written, where the parameters exist already."""
@@ -253,10 +253,10 @@ class LightningOptCLI(LightningCLI):
     def _say_where(self) -> None:
         newest = next((c for c in self._checkpoint_callbacks() if isinstance(c, PeriodicCheckpoint)), None)
         if newest is not None and newest.best_model_path:
-            _result(f"checkpoint: {_relative(newest.best_model_path)}")
+            _result(f"checkpoint: {runs.shown_path(newest.best_model_path)}")
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RunReport) and callback.path:
-                _result(f"picture: {_relative(Path(callback.path).with_suffix('.png'))}")
+                _result(f"picture: {runs.shown_path(Path(callback.path).with_suffix('.png'))}")
 
     def _has_test_data(self) -> bool:
         if not is_overridden("test_step", self.model):
@@ -337,7 +337,7 @@ def _checkpoint_path(config: Namespace, *, resume: bool) -> str:
         raise UserError("--ckpt_path=best is known only within the fit that chose it; give the file's path, or last.")
     if given == "last":
         path = runs.newest_checkpoint(str(config.trainer.default_root_dir), config.name)
-        _say(f"{'resuming from' if resume else 'checkpoint:'} {_relative(path)}")
+        _say(f"{'resuming from' if resume else 'checkpoint:'} {runs.shown_path(path)}")
     else:
         path = Path(given)
         runs.check_checkpoint(path)
@@ -376,11 +376,6 @@ def _say_what_changed(config: Namespace, words: list[str]) -> None:
         parts += [f"with {kept}"] if kept else []
         parts += [f"without {dropped}"] if dropped else []
         _say("; ".join(parts) + ".")
-
-
-def _relative(path: str | Path) -> Path:
-    path = Path(path).resolve()
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 @rank_zero_only

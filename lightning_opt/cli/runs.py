@@ -68,9 +68,8 @@ def newest_checkpoint(root: str, name: str) -> Path:
     """
     parent = Path(root) / name
     for _, folder in sorted(_run_folders(parent), reverse=True):
-        files = {path.resolve() for path in (folder / "checkpoints").glob("*.ckpt") if path.is_file()}
-        for path in sorted(files, key=_progress, reverse=True):
-            if zipfile.is_zipfile(path):  # its directory is at the end: a truncated file has none
+        for path in _checkpoints(folder):
+            if _is_complete(path):
                 return path
             warnings.warn(f"{path} is not a complete checkpoint; trying the one before it.", stacklevel=2)
     raise UserError(
@@ -87,7 +86,7 @@ def check_checkpoint(path: Path) -> None:
     """
     if not path.exists():
         raise UserError(f"--ckpt_path={path}: no such file. --ckpt_path=last takes the newest of the run folders.")
-    if path.is_file() and not zipfile.is_zipfile(path):
+    if path.is_file() and not _is_complete(path):
         raise UserError(
             f"--ckpt_path={path}: not a complete checkpoint (cut off while it was written, or no checkpoint at all)."
             " --ckpt_path=last takes the newest that is complete."
@@ -98,19 +97,63 @@ def check_same_optimizer(path: Path, class_path: str) -> None:
     """Raise if the config beside a checkpoint names another optimizer, whose state would not fit.
 
     Raises:
-        UserError: If it does.
+        UserError: If it does; names the newest of the other runs beside it that fits, if there is one.
     """
-    config_file = path.resolve().parent.parent / "config.yaml"
-    if not config_file.is_file():
+    run_folder = path.resolve().parent.parent
+    written_by = _optimizer_of(run_folder)
+    if written_by is None or _is_same(written_by, class_path):
         return
-    config: Any = yaml.safe_load(config_file.read_text())
-    written_by = ((config or {}).get("optimizer") or {}).get("class_path", class_path)
-    if written_by != class_path and import_class(written_by) is not import_class(class_path):
-        raise UserError(
-            f"{path} was written with the optimizer {written_by.rpartition('.')[2]}, this run uses"
-            f" {class_path.rpartition('.')[2]}: resume with the same one, give --ckpt_path the file of an"
-            " older run, or start a new run without it."
-        )
+    others = [folder for _, folder in sorted(_run_folders(run_folder.parent), reverse=True) if folder != run_folder]
+    fitting = next(
+        (
+            checkpoint
+            for folder in others
+            if (other := _optimizer_of(folder)) is not None and _is_same(other, class_path)
+            for checkpoint in _checkpoints(folder)
+            if _is_complete(checkpoint)
+        ),
+        None,
+    )
+    mine, theirs = class_path.rpartition(".")[2], written_by.rpartition(".")[2]
+    mismatch = f"{shown_path(path)} was written with the optimizer {theirs}, this run uses {mine}"
+    found = (
+        f". The newest run with {mine} goes on with --ckpt_path={shown_path(fitting)}; or"
+        if fitting is not None
+        else f", as no run in {shown_path(run_folder.parent)} did:"
+    )
+    raise UserError(f"{mismatch}{found} resume with {theirs}, or start a new run without --ckpt_path.")
+
+
+def shown_path(path: str | Path) -> Path:
+    """A path as messages show it: relative where it is below the working folder."""
+    path = Path(path).resolve()
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _optimizer_of(run_folder: Path) -> str | None:
+    """The class path of the optimizer in a run's config, if it names one."""
+    try:
+        config: Any = yaml.safe_load((run_folder / "config.yaml").read_text())
+    except (OSError, yaml.YAMLError):
+        return None
+    return ((config or {}).get("optimizer") or {}).get("class_path")
+
+
+def _is_same(class_path: str, other: str) -> bool:
+    try:
+        return class_path == other or import_class(class_path) is import_class(other)
+    except (ImportError, AttributeError):  # of an older run, whose module is no longer there
+        return False
+
+
+def _checkpoints(run_folder: Path) -> list[Path]:
+    """Those of a run, the furthest first."""
+    files = {path.resolve() for path in (run_folder / "checkpoints").glob("*.ckpt") if path.is_file()}
+    return sorted(files, key=_progress, reverse=True)
+
+
+def _is_complete(path: Path) -> bool:
+    return zipfile.is_zipfile(path)  # its directory is at the end: a truncated file has none
 
 
 def _run_folders(parent: Path) -> list[tuple[int, Path]]:

@@ -342,8 +342,27 @@ def test_last_without_any_checkpoint(run, capsys) -> None:
 def test_resume_with_another_optimizer_is_refused_but_testing_is_not(run, capsys) -> None:
     assert run("fit") == 0
     assert run("fit", "--ckpt_path=last", "--optimizer=SGD", "--optimizer.lr=0.1") == 2
-    assert "was written with the optimizer AdaBelief, this run uses SGD" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "was written with the optimizer AdaBelief, this run uses SGD, as no run in runs/quick did: resume" in error
     assert run("test", "--optimizer=SGD", "--optimizer.lr=0.1", "--ckpt_path=last") == 0
+
+
+def test_a_refused_resume_names_the_newest_run_that_fits(run, capsys) -> None:
+    sgd = ("--optimizer=SGD", "--optimizer.lr=0.1")
+    for words in (sgd, sgd, ()):  # versions 0, 1 and 2
+        assert run("fit", "--trainer.max_epochs=1", *words) == 0
+    content = _checkpoint(1).read_bytes()
+    capsys.readouterr()
+    assert run("fit", "--ckpt_path=last", *sgd) == 2
+    error = capsys.readouterr().err
+    named = f"runs/quick/version_1/checkpoints/{_checkpoint(1).name}"
+    assert f"The newest run with SGD goes on with --ckpt_path={named}; or resume with AdaBelief, or start" in error
+    assert run("fit", f"--ckpt_path={named}", *sgd) == 0  # version 3
+    Path("runs/quick/version_3").rename("runs/quick/away")
+    _checkpoint(1).write_bytes(content[: len(content) // 2])
+    Path("runs/quick/version_2/config.yaml").touch()
+    assert run("fit", "--ckpt_path=last", *sgd) == 2
+    assert "--ckpt_path=runs/quick/version_0/checkpoints/" in capsys.readouterr().err
 
 
 def test_test_and_predict_read_the_last_checkpoint(launch) -> None:
