@@ -134,9 +134,7 @@ class LightningOptCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except Exception as error:
-            if self.run_folder is not None:
-                with suppress(OSError):
-                    self.run_folder.rmdir()  # if it is empty, as it should be
+            self._remove_empty_run_folder()
             if isinstance(error, UserError):
                 raise
             mistake = culprit(error)
@@ -180,6 +178,8 @@ class LightningOptCLI(LightningCLI):
         if fit and not trainer.fast_dev_run:
             self.run_folder = runs.new_run_folder(str(trainer.default_root_dir), config.name)
             kwargs["default_root_dir"] = str(self.run_folder)
+        if fit and (trainer.max_epochs or 0) >= (trainer.log_every_n_steps or 50):  # there are that many steps then
+            warnings.filterwarnings("ignore", "The number of training batches .* smaller than the logging interval")
         if trainer.logger in (None, True):
             kwargs["logger"] = self._default_logger(str(trainer.default_root_dir), config.name)
         given = trainer.callbacks or []
@@ -198,6 +198,9 @@ class LightningOptCLI(LightningCLI):
                 _say(self._how_to_resume(self.run_folder))
             number = signal.SIGTERM if isinstance(error, SIGTERMException) else signal.SIGINT
             raise SystemExit(128 + number) from error
+        except Exception:
+            self._remove_empty_run_folder()
+            raise
 
     def after_fit(self) -> None:
         """Evaluate the test set and say where everything lies."""
@@ -216,6 +219,12 @@ class LightningOptCLI(LightningCLI):
             path = runs.new_run_folder(str(config.trainer.default_root_dir), config.name) / "predictions.pt"
             torch.save(predictions, path)
             _result(f"predictions: {runs.shown_path(path)}")
+
+    def _remove_empty_run_folder(self) -> None:
+        """After a mistake that ended the run before anything was written."""
+        if self.run_folder is not None:
+            with suppress(OSError):  # not empty
+                self.run_folder.rmdir()
 
     def _check_optimizer(self, config: Namespace) -> None:
         """Refuse a wrong learning rate before anything is fetched or written, where the parameters exist already."""
@@ -393,10 +402,11 @@ def _quiet() -> Iterator[None]:
     """Hold back what Lightning says about things that are as they should be here."""
     log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
 
-    def no_advertisement(record: logging.LogRecord) -> bool:
-        return "Tip: For seamless" not in record.getMessage()
+    def is_news(record: logging.LogRecord) -> bool:
+        advertisement, asked_for = "Tip: For seamless", "Loading `train_dataloader` to estimate number of"
+        return advertisement not in record.getMessage() and asked_for not in record.getMessage()
 
-    log.addFilter(no_advertisement)
+    log.addFilter(is_news)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The dirpath has changed from")  # every fit has its own run folder
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.|jsonargparse")
@@ -404,4 +414,4 @@ def _quiet() -> Iterator[None]:
         try:
             yield
         finally:
-            log.removeFilter(no_advertisement)
+            log.removeFilter(is_news)

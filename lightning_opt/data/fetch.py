@@ -1,9 +1,13 @@
 import dataclasses
+import logging
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pooch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 
 class DataNotFoundError(RuntimeError):
@@ -53,17 +57,20 @@ def fetch_file(file: PublishedFile, mirrors: Sequence[str], folder: Path) -> Pat
     served = file.served_as or f"{file.name}.gz"
     kept = f"{file.name}.gz" if served.endswith(".gz") else file.name
     failures = []
+    if not (folder / kept).is_file():
+        rank_zero_info(f"Fetching {kept} into {folder}")
     for mirror in mirrors:
         try:
-            return Path(
-                pooch.retrieve(
-                    mirror + served,
-                    known_hash=f"sha256:{file.archive_sha256}",
-                    fname=kept,
-                    path=folder,
-                    downloader=pooch.HTTPDownloader(progressbar=True, timeout=_TIMEOUT),
+            with _silent_pooch():
+                return Path(
+                    pooch.retrieve(
+                        mirror + served,
+                        known_hash=f"sha256:{file.archive_sha256}",
+                        fname=kept,
+                        path=folder,
+                        downloader=pooch.HTTPDownloader(progressbar=True, timeout=_TIMEOUT),
+                    )
                 )
-            )
         except (OSError, ValueError) as error:  # the network and the disk; a wrong checksum
             failures.append(f"{mirror + served}: {_in_short(error)}")
     raise DataNotFoundError("\n".join(failures))
@@ -137,7 +144,19 @@ def _in_short(error: BaseException) -> str:
         inner, BaseException
     ):
         error = inner
-    return str(error).rpartition("Failed to establish a new connection: ")[2]
+    return re.sub(r"^HTTPS?Connection\(.*?\): (Failed to establish a new connection: )?", "", str(error))
+
+
+@contextmanager
+def _silent_pooch() -> Iterator[None]:
+    """Hold back pooch's line for each mirror that it tries."""
+    logger = pooch.get_logger()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 ENVIRONMENT = "LIGHTNING_OPT_DATA"

@@ -137,6 +137,8 @@ def test_data_that_are_not_at_hand_without_a_network(run, monkeypatch, capsys) -
     assert status == 1, error
     _assert_one_clear_message(error, "FashionMNIST: the file train-images-idx3-ubyte is not at hand", one_line=False)
     assert "LIGHTNING_OPT_DATA" in error
+    assert "Downloading" not in error
+    assert not list(Path("runs").rglob("version_*"))  # nothing was written into it
 
 
 def test_damaged_data(run, capsys) -> None:

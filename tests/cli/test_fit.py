@@ -1,5 +1,6 @@
 """``fit`` and its companions: run folders, checkpoints, resume, optimizers and schedulers from a config."""
 
+import logging
 import os
 import shlex
 import shutil
@@ -46,6 +47,21 @@ def test_a_fit_leaves_config_checkpoint_metrics_and_tests(run, capsys) -> None:
     out = capsys.readouterr().out
     assert "test/accuracy" in out
     assert f"checkpoint: {_checkpoint().relative_to(Path.cwd())}\n" in out
+
+
+def test_a_fit_has_no_news_of_what_is_as_it_should_be(run, caplog) -> None:
+    """Steps are counted for the schedule; the two of an epoch are fewer than the logging interval, all are not."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addHandler(caplog.handler)
+    try:
+        words = ("--lr_scheduler=LinearDecayLR", "--trainer.max_epochs=3", "--trainer.log_every_n_steps=3")
+        assert run("fit", *words) == 0
+        assert "Loading `train_dataloader`" not in caplog.text
+        assert "max_epochs=3" in caplog.text
+        with pytest.warns(UserWarning, match="smaller than the logging interval"):  # here nothing would be logged
+            run("fit", "--trainer.max_epochs=1", "--trainer.log_every_n_steps=3")
+    finally:
+        logger.removeHandler(caplog.handler)
 
 
 def test_every_fit_has_its_own_folder(run) -> None:
