@@ -8,8 +8,8 @@ Random images in batches of 64, SGD with momentum 0.9 (2-norms) and Adam (1-norm
 - fits with the callback and without, one after the other in one process, the order turning, timed over 40 steps each;
   beside the ratio stands that of two fits without the callback, which is what noise does. In wall time, and in CPU time
   of all threads, which other processes disturb less;
-- within the fits with the callback, the wall time that passes in its own hooks, as a share of the rest. It is blind to
-  what a hook leaves for later (a colder cache), and does not drown in noise.
+- within the fits with the callback, the time that passes in its own hooks, as a share of the rest. It is blind to what
+  a hook leaves for later (a colder cache), and does not drown in noise.
 
 The fits log nothing and end before a checkpoint: what a logged step and a checkpoint add is not in these figures.
 """
@@ -62,7 +62,7 @@ def measure(optimizer: str, rounds: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(BATCH_SIZE * 50, 1, 28, 28, generator=generator)
     labels = torch.randint(10, (len(images),), generator=generator)
-    shares: list[float] = []
+    shares: dict[str, list[float]] = {"wall": [], "cpu": []}
 
     def fit(folder: str, recorded: bool, clock: StepClock) -> None:
         torch.manual_seed(0)
@@ -73,7 +73,8 @@ def measure(optimizer: str, rounds: int) -> dict[str, Any]:
         trainer = quiet_trainer(max_steps=clock.last + 1, callbacks=callbacks)
         trainer.fit(Model(optimizer), ResumableLoader(TensorDataset(images, labels), BATCH_SIZE, shuffle=True))
         if recorded:
-            shares.append(hooks.seconds / (clock.wall * clock.steps - hooks.seconds))
+            shares["wall"].append(hooks.wall / (clock.wall * clock.steps - hooks.wall))
+            shares["cpu"].append(hooks.cpu / (clock.cpu * clock.steps - hooks.cpu))
 
     with tempfile.TemporaryDirectory() as folder:
         recorded = {"without": False, "with": True, "again": False}
@@ -82,25 +83,29 @@ def measure(optimizer: str, rounds: int) -> dict[str, Any]:
         "step_ms": 1000 * statistics.median(times["wall"]["without"]),
         "with_over_without": {kind: ratio_summary(times[kind], "with", "without") for kind in times},
         "noise": {kind: ratio_summary(times[kind], "again", "without") for kind in times},
-        "share_in_hooks": ratio_summary({"hooks": shares[1:], "1": [1.0] * rounds}, "hooks", "1"),
+        "share_in_hooks": {
+            kind: ratio_summary({"hooks": values[1:], "rest": [1.0] * rounds}, "hooks", "rest")  # without the warm-up's
+            for kind, values in shares.items()
+        },
     }
     print(optimizer, json.dumps(row), flush=True)
     return row
 
 
 class HookClock:
-    """Seconds that pass within functions while a StepClock runs."""
+    """Wall and CPU seconds that pass within functions while a StepClock runs."""
 
     def __init__(self, clock: StepClock) -> None:
-        self.clock, self.seconds = clock, 0.0
+        self.clock, self.wall, self.cpu = clock, 0.0, 0.0
 
     def timed(self, function: Any) -> Any:
         @wraps(function)
         def call(*arguments: Any) -> Any:
-            begin = time.perf_counter()
+            wall, cpu = time.perf_counter(), time.process_time()
             result = function(*arguments)
             if self.clock.running:
-                self.seconds += time.perf_counter() - begin
+                self.wall += time.perf_counter() - wall
+                self.cpu += time.process_time() - cpu
             return result
 
         return call

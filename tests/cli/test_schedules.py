@@ -25,6 +25,15 @@ def test_the_length_of_a_schedule_is_that_of_the_run(batches, launch, capsys):
     assert "lr_scheduler" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("warmup", "length", "steps"),
+    [("0.5", "--trainer.max_epochs=2", 2), ("0.1", "--trainer.fast_dev_run=1", 0), ("3", "--trainer.max_epochs=2", 3)],
+)
+def test_a_warm_up_in_steps_or_as_a_share_of_the_run(warmup, length, steps, launch):
+    cli = launch("fit", *SGD, "--lr_scheduler=LinearDecayLR", f"--lr_scheduler.warmup_steps={warmup}", length)
+    assert cli.trainer.lr_scheduler_configs[0].scheduler.warmup_steps == steps
+
+
 def test_null_in_a_config_means_the_run(launch):
     words = ("--lr_scheduler=LastIterateLR", "--lr_scheduler.kind=linear", "--lr_scheduler.total_steps=null")
     assert (
