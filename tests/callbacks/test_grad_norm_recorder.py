@@ -93,7 +93,7 @@ def test_the_norm_of_many_tensors(dtype):
     flat = torch.cat([g.flatten() for g in gradients]).to(torch.complex128 if dtype.is_complex else torch.float64)
     for name, order in (("l1", 1), ("l2", 2)):
         expected = torch.linalg.vector_norm(flat, order)
-        # float32 sums over some thousand terms, small tensors together, a large one alone; the inputs are exact in every dtype
+        # float32 sums over some thousand terms, one tensor of them alone; the inputs are exact in every dtype
         assert gradient_norm(gradients, name).item() == pytest.approx(expected.item(), rel=1e-6)
     mixed = [*gradients, torch.full((4,), 2.0)]
     assert gradient_norm(mixed, "l1").item() == pytest.approx(flat.abs().sum().item() + 8, rel=1e-6)
