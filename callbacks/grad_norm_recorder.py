@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 FLUSH_AT = 1024  # norms that are kept on the device at most
 DRAWN = 1000  # points of the picture
-SMALL = 4096  # elements up to which a call costs more than what it computes
 
 
 @register(
@@ -300,8 +299,6 @@ def gradient_norm(gradients: list[Tensor], norm: Literal["l1", "l2"]) -> Tensor:
     for (place, dtype), tensors in kinds.items():
         low = dtype in (torch.float16, torch.bfloat16)
         if order == 1 and place.type == "cpu":  # torch's own 1-norm is three times slower there
-            small = [t.reshape(-1) for t in tensors if t.numel() <= SMALL]
-            tensors = [t for t in tensors if t.numel() > SMALL] + ([torch.cat(small)] if small else [])
             norms = [t.abs().sum(dtype=torch.float32 if low else None) for t in tensors]
         elif low:
             norms = list(torch._foreach_norm(tensors, order, dtype=torch.float32))
