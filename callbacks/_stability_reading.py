@@ -49,6 +49,12 @@ class Settings:
     seed: int
     per_layer: bool = False
 
+    @classmethod
+    def of(cls, callback: Any) -> "Settings":
+        """Those that a callback keeps under their own names; what it lacks has its default."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: getattr(callback, name) for name in names if hasattr(callback, name)})
+
     def check(self) -> None:
         """Raise ValueError if one is out of its range."""
         check_choice("trace", self.trace, get_args(Trace))
