@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_opt._lightning import epoch_length
 from lightning_opt._lightning.accumulation import Piece
 from lightning_opt.data import ResumableLoader
+from lightning_opt.data.resumable_loader import Place
 from lightning_opt.gradient_noise import BatchTest, split_batch
 
 from ._batch_pieces import split_samples
@@ -67,8 +68,8 @@ class BatchCycle:
         self.batches: list[tuple[Any, int]] = []
         self._mixes_samples = False  # BatchNorm, which takes two samples at least
         self._largest_piece = 0
-        self._answered: tuple[int, int] | None = None  # epoch and number of the batch that the answer below is for
-        self._ends = True
+        self._places: list[Place] = []  # of the window's micro-batches, once asked for
+        self._rolled: tuple[int, int] | None = None  # epoch and number of the batch that was last rolled to
 
     def attach(self, trainer: pl.Trainer) -> None:
         """Serve a Trainer, in ``on_fit_start``."""
@@ -86,7 +87,7 @@ class BatchCycle:
         trainer, loader = self.running()
         loader.set_batch_size(self.micro)
         epoch_length.set_epoch_length(trainer, len(loader))
-        self._answered = None
+        self._places = []
 
     def running(self) -> tuple[pl.Trainer, ResumableLoader]:
         """The Trainer and its loader."""
@@ -100,13 +101,13 @@ class BatchCycle:
 
     def samples(self) -> int:
         """Samples of the window so far, on all ranks."""
-        return self.window.samples(self.running()[1], self.number())
+        return sum(place.samples_of_all for place in self._reached(self.number()))
 
     def take(self, batch: Any) -> None:
         """Begin with a batch that was handed out."""
         self.roll()
         if self.window.tests and self.grouping.estimator == "per_sample":
-            self.batches.append((batch, self.running()[1].place(self.number()).samples))
+            self.batches.append((batch, self._reached(self.number())[-1].samples))
 
     def close(self) -> None:
         """Drop what was gathered, behind the optimizer step."""
@@ -122,12 +123,12 @@ class BatchCycle:
     def ends(self) -> bool:
         """Whether the optimizer steps behind the batch under way."""
         self.roll()
-        return self._ends
+        return self.ended()
 
     def pieces(self, batch: Any) -> Sequence[Piece]:
         """The batch, or its pieces where a test or full memory needs them."""
-        trainer, loader = self.running()
-        n = loader.place(self.number()).samples
+        trainer, _ = self.running()
+        n = self._reached(self.number())[-1].samples
         parts = self._parts(n) if self.collector is not None else 1
         if self.limit_micro is not None:
             parts = max(parts, -(-n // self.limit_micro))
@@ -168,7 +169,7 @@ class BatchCycle:
 
     def out_of_memory(self, batch: Any, error: torch.OutOfMemoryError, *, changed: bool) -> None:
         """Halve the pieces, and batches to come."""
-        trainer, loader = self.running()
+        trainer, _ = self.running()
         size = self._largest_piece
         if trainer.world_size > 1:
             raise torch.OutOfMemoryError(
@@ -178,16 +179,15 @@ class BatchCycle:
         if size == 1:
             raise error
         self.limit_micro = size // 2
+        number, target = self.number(), self.window.target
+        done = sum(place.samples for place in self._reached(number - 1))
         self.split(self.batch)
         self.resize()
-        number, window = self.number(), self.window
-        done = window.samples(loader, number - 1) if number > window.first else 0
         if changed:
-            self.window = Window.at(loader, number, window.target, 1)
+            self._begin_window(number, target)
         else:
-            window.seen = done
+            self.window.seen = done
         self.window.tests, self.collector = False, None
-        self._answered = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         rank_zero_warn(
@@ -200,40 +200,53 @@ class BatchCycle:
 
     def roll(self) -> None:
         """Begin a window if the batch under way is beyond the last one."""
-        loader, trainer, number = self.loader, self.trainer, self.number()
-        if loader is None or trainer is None or number < 0:
-            self._ends = self.ended()
+        loader, number = self.loader, self.number()
+        if loader is None or self.trainer is None or number < 0:
             return
-        batch_at_hand = (loader.sampler.epoch, number)  # type: ignore[attr-defined]
-        if batch_at_hand == self._answered:  # Lightning asks several times a batch
+        place = (loader.sampler.epoch, number)  # type: ignore[attr-defined]
+        if place == self._rolled:  # Lightning asks several times a batch
             return
-        if self._is_beyond(batch_at_hand, loader, trainer.world_size):
-            self.window = Window.at(loader, number, self.batch, trainer.world_size)
+        self._rolled = place
+        if self.window.epoch != place[0] or number > self._last:
+            self._begin_window(number, self.batch)
             self.window.tests = self._is_due()
             self.batches = []
             self.collector = self._new_collector() if self.window.tests else None
-        self._answered, self._ends = batch_at_hand, self.ended()
 
     def ended(self) -> bool:
         """Whether no window is under way behind the batch under way."""
         number = self.number()
         if self.loader is None or number < self.window.first or self.window.epoch < 0:
             return True
-        assert self.trainer is not None
-        return self.window.ends_with(self.loader, number, self.trainer.world_size)
+        return number >= self._last
 
-    def _is_beyond(self, batch_at_hand: tuple[int, int], loader: ResumableLoader, world_size: int) -> bool:
-        window, (epoch, number) = self.window, batch_at_hand
-        if window.epoch != epoch:
-            return True
-        return number > window.first and window.ends_with(loader, number - 1, world_size)
+    def _begin_window(self, number: int, target: int) -> None:
+        _, loader = self.running()
+        self.window, self._places = Window(loader.sampler.epoch, number, target), []  # type: ignore[attr-defined]
+        self.window.planned = sum(place.samples_of_all for place in self._window_places())
+
+    def _window_places(self) -> list[Place]:
+        """Of all micro-batches of the window."""
+        if not self._places:
+            trainer, loader = self.running()
+            self._places = self.window.places(loader, trainer.world_size)
+        return self._places
+
+    @property
+    def _last(self) -> int:
+        """Number of the last batch of the window."""
+        return self.window.first + len(self._window_places()) - 1
+
+    def _reached(self, number: int) -> list[Place]:
+        """Of the window's micro-batches up to the batch of this number."""
+        return self._window_places()[: number + 1 - self.window.first]
 
     def _parts(self, samples: int) -> int:
         """Into how many pieces a micro-batch is divided in a step that tests."""
         if self.grouping.estimator != "micro":
             return 1
-        trainer, loader = self.running()
-        together = len(self.window.micro_batches(loader, trainer.world_size)) * trainer.world_size
+        trainer, _ = self.running()
+        together = len(self._window_places()) * trainer.world_size
         least = 2 if self._mixes_samples else 1
         return max(min(-(-self.grouping.groups // together), samples // least), 1)
 
@@ -242,8 +255,8 @@ class BatchCycle:
         test, estimator, groups = self.grouping
         if estimator == "per_sample":
             return None
-        trainer, loader = self.running()
-        parts = sum(self._parts(n) for n in self.window.micro_batches(loader, trainer.world_size))
+        trainer, _ = self.running()
+        parts = sum(self._parts(place.samples) for place in self._window_places())
         groups = 1 if estimator == "worker" else -(-groups // trainer.world_size)
         if min(groups, parts) * trainer.world_size < 2:
             return None
@@ -271,7 +284,7 @@ class BatchCycle:
         """Take back what :meth:`state_dict` returned; other entries are left alone."""
         self.batch, self.micro, self.accum = state["batch"], state["micro"], state["accum"]
         self.limit_micro = state["limit_micro"]
-        self.window = Window(**state["window"])
+        self.window, self._places = Window(**state["window"]), []
 
     def gathered(self) -> dict[str, Any] | None:
         """What the window under way has gathered for its test on this rank; None where there is none."""
