@@ -1,6 +1,7 @@
 """What AdaptiveBatchSize costs, and whether it beats the front of fixed batch sizes on Fashion-MNIST.
 
     python benchmarks/adaptive_batch_size.py cost            share of the step on the ResNet; some minutes on 2 cores
+    python benchmarks/adaptive_batch_size.py overhead        of a step without a test, in microseconds; a minute
     python benchmarks/adaptive_batch_size.py front           all methods; some 20 minutes on 2 cores
     python benchmarks/adaptive_batch_size.py front --only "batch 32" "eta 1"
     python benchmarks/adaptive_batch_size.py front --plot    only draw the picture again
@@ -10,6 +11,9 @@
 process, the order turning; the threshold is so large that no test fails, so both make the same steps. The first row has
 one micro-batch a step, which tests divide into 8 pieces; the second accumulates 4 micro-batches of 16. Timed over 40
 steps, one test. Beside each ratio stands that of two runs without the callback, which is what noise does.
+
+**overhead**: processor time of one thread a step of a model with a single weight, beside that of a fit without the
+callback, paired; printed only. It hardly depends on what else the machine does.
 
 **front**: an MLP (784-256-128-10), 10,000 training images, 10,000 others to choose by, 10 epochs, SGD with momentum 0.9
 whose rate falls linearly to zero over the samples, no weight decay, all through the Trainer. Fixed batches of 32, 128,
@@ -28,6 +32,7 @@ import math
 import statistics
 import time
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
 from multiprocessing import get_context
@@ -77,6 +82,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     paying = commands.add_parser("cost")
     paying.add_argument("--rounds", type=int, default=9)
+    commands.add_parser("overhead").add_argument("--rounds", type=int, default=9)
     front = commands.add_parser("front")
     front.add_argument("--only", nargs="+", choices=METHODS, metavar="METHOD", default=list(METHODS))
     front.add_argument("--processes", type=int, default=2)
@@ -85,6 +91,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.command == "cost":
         cost(options.rounds)
+    elif options.command == "overhead":
+        overhead(options.rounds)
     elif options.smoke:
         smoke(options.only)
     else:
@@ -97,16 +105,16 @@ def main() -> None:
 class Clock(pl.Callback):
     """Seconds between two steps."""
 
-    def __init__(self, first: int, last: int) -> None:
-        self.first, self.last, self.seconds = first, last, 0.0
+    def __init__(self, first: int, last: int, now: Callable[[], float] = time.perf_counter) -> None:
+        self.first, self.last, self.now, self.seconds = first, last, now, 0.0
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.global_step == self.first and not self.seconds:
-            self.seconds = -time.perf_counter()
+            self.seconds = -self.now()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.global_step == self.last and self.seconds < 0:
-            self.seconds += time.perf_counter()
+            self.seconds += self.now()
 
 
 def cost(rounds: int) -> None:
@@ -149,6 +157,43 @@ def cost(rounds: int) -> None:
         }
         print(name, json.dumps(found[name]), flush=True)
     write_result("adaptive_batch_size_cost", {"rounds": rounds, "results": found})
+
+
+class OneWeight(pl.LightningModule):
+    """A step that costs next to nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def training_step(self, batch: list[Tensor]) -> Tensor:
+        return self.weight * batch[0].mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 1e-3)
+
+
+def overhead(rounds: int) -> None:
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    data_set = Whole(torch.ones(100_000, 4))
+
+    def microseconds(callbacks: list[pl.Callback]) -> float:
+        clock = Clock(5, 1005, time.thread_time)
+        fitting = trainer(max_steps=1006, callbacks=[*callbacks, clock])
+        fitting.fit(OneWeight(), ResumableLoader(data_set, 64, shuffle=True))
+        return clock.seconds / 1000 * 1e6
+
+    kinds = {"without": list, "with": lambda: [AdaptiveBatchSize(eta=1e9, test_interval=10**6)]}
+    times: dict[str, list[float]] = {name: [] for name in kinds}
+    for turn in range(rounds + 1):
+        for name, callbacks in kinds.items():
+            spent = microseconds(callbacks())
+            if turn:  # the first ones warm up
+                times[name].append(spent)
+    more = statistics.median(b - a for a, b in zip(times["without"], times["with"], strict=True))
+    print(f"a step takes {statistics.median(times['without']):.0f} us, with the callback {more:.0f} us more")
 
 
 # --- the front ---

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from lightning_opt._checks import check_choice, check_interval
 from lightning_opt._lightning.probe import loss_of, untouched
-from lightning_opt.registry import register
 
 from ._trace_by_parameter import Quadratic, Trace, from_labels, from_outputs, from_signs, log_partition
 from .ggn import GGNOperator
@@ -55,7 +54,6 @@ class StabilityReport:
         )
 
 
-@register("tool", summary="How stable a module is on its data, at a learning rate and batch size", paper="2305.17490")
 def stability_report(
     module: nn.Module,
     loader: Iterable[Any],
