@@ -1,6 +1,7 @@
 """What AdaptiveBatchSize costs, and whether it beats the front of fixed batch sizes on Fashion-MNIST.
 
     python benchmarks/adaptive_batch_size.py cost            share of the step on the ResNet; some minutes on 2 cores
+    python benchmarks/adaptive_batch_size.py overhead        of a step without a test, in microseconds; a minute
     python benchmarks/adaptive_batch_size.py front           all methods; some 20 minutes on 2 cores
     python benchmarks/adaptive_batch_size.py front --only "batch 32" "eta 1"
     python benchmarks/adaptive_batch_size.py front --plot    only draw the picture again
@@ -11,12 +12,15 @@ process, the order turning; the threshold is so large that no test fails, so bot
 one micro-batch a step, which tests divide into 8 pieces; the second accumulates 4 micro-batches of 16. Timed over 40
 steps, one test. Beside each ratio stands that of two runs without the callback, which is what noise does.
 
+**overhead**: processor time of one thread a step of a model with a single weight, beside that of a fit without the
+callback, paired; printed only. It hardly depends on what else the machine does.
+
 **front**: an MLP (784-256-128-10), 10,000 training images, 10,000 others to choose by, 10 epochs, SGD with momentum 0.9
 whose rate falls linearly to zero over the samples, no weight decay, all through the Trainer. Fixed batches of 32, 128,
-512 and 2048, and batches that grow from 32 to 2048 at most. For each method 5 rates a factor of about 3 apart on seed
+512 and 2048, one of 1024 to see how coarse their line is, and batches that grow from 32 to 2048 at most. For each method 5 rates a factor of about 3 apart on seed
 0; while the best is at an edge, one more there; the best and its neighbors on three seeds, and the rate with the best
-validation accuracy is the method's. The front is the line through the fixed batches in (log steps, test accuracy); a
-growing batch is beyond it if it lies above by more than one standard error, paired by seed. Every run is written to
+validation accuracy is the method's. The front is the line through the first four in (log steps, test accuracy); a
+growing batch is beyond it if it lies above by more than one standard error, paired by seed; the same with the fifth. Every run is written to
 ``benchmarks/results/adaptive_batch_size.json`` when it ends, and is skipped until a setting changes.
 """
 
@@ -59,11 +63,13 @@ METHODS: dict[
     "batch 32": (32, None, -4),
     "batch 128": (128, None, -3),
     "batch 512": (512, None, -2),
+    "batch 1024": (1024, None, -2),
     "batch 2048": (2048, None, -1),
     "eta 1": (32, {**GROWS, "eta": 1.0}, -3),
     "eta 0.5": (32, {**GROWS, "eta": 0.5}, -3),
     "eta 1, linear rate": (32, {**GROWS, "eta": 1.0, "lr_scale": "linear"}, -4),
 }
+FRONT = ["batch 32", "batch 128", "batch 512", "batch 2048"]
 FIXED = [name for name, (_, callback, _) in METHODS.items() if callback is None]
 SEEDS = 3
 
@@ -73,6 +79,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     paying = commands.add_parser("cost")
     paying.add_argument("--rounds", type=int, default=9)
+    commands.add_parser("overhead").add_argument("--rounds", type=int, default=9)
     front = commands.add_parser("front")
     front.add_argument("--only", nargs="+", choices=METHODS, metavar="METHOD", default=list(METHODS))
     front.add_argument("--processes", type=int, default=2)
@@ -81,6 +88,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.command == "cost":
         cost(options.rounds)
+    elif options.command == "overhead":
+        overhead(options.rounds)
     elif options.smoke:
         smoke(options.only)
     else:
@@ -122,6 +131,42 @@ def cost(rounds: int) -> None:
         }
         print(name, json.dumps(found[name]), flush=True)
     write_result("adaptive_batch_size_cost", {"rounds": rounds, "results": found})
+
+
+class OneWeight(pl.LightningModule):
+    """A step that costs next to nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def training_step(self, batch: list[Tensor]) -> Tensor:
+        return self.weight * batch[0].mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 1e-3)
+
+
+def overhead(rounds: int) -> None:
+    torch.set_num_threads(1)
+    data_set = Whole(torch.ones(100_000, 4))
+
+    def fit(callbacks: list[pl.Callback], clock: StepClock) -> None:
+        fitting = quiet_trainer(max_steps=clock.last + 1, callbacks=[*callbacks, clock])
+        fitting.fit(OneWeight(), ResumableLoader(data_set, 64, shuffle=True))
+
+    times = paired_fits(
+        {
+            "without": lambda clock: fit([], clock),
+            "with": lambda clock: fit([AdaptiveBatchSize(eta=1e9, test_interval=10**6)], clock),
+        },
+        rounds,
+        steps=1000,
+    )["cpu"]
+    more = statistics.median(b - a for a, b in zip(times["without"], times["with"], strict=True))
+    print(
+        f"a step takes {1e6 * statistics.median(times['without']):.0f} us, with the callback {1e6 * more:.0f} us more"
+    )
 
 
 # --- the front ---
@@ -225,7 +270,7 @@ def compare(options: argparse.Namespace) -> None:
     results = summary(rows)
     for method, r in results.items():
         accuracy = f"{r['test_accuracy']:.2%} ± {r['test_accuracy_std']:.2%}"
-        word = r.get("beside", {}).get("verdict", "")
+        word = ", with 1024 ".join(r[key]["verdict"] for key in ("beside", "beside_finer") if key in r)
         print(f"{method:<20}{r['lr']:>8.2g}{r['steps']:>8.0f} steps{accuracy:>18}   {word}")
     draw(results)
 
@@ -265,10 +310,10 @@ def summary(rows: dict[Key, Row]) -> dict[str, dict[str, Any]]:
                 "test_accuracies": accuracies,
                 "steps_by_seed": [r["steps"] for r in runs],
             }
-    if all(name in done for name in FIXED):
-        for method, result in done.items():
-            if method not in FIXED:
-                result["beside"] = verdict(result, [done[name] for name in FIXED])
+    for key, front in (("beside", FRONT), ("beside_finer", FIXED)):
+        if all(name in done for name in front):
+            for method in done.keys() - FIXED:
+                done[method][key] = verdict(done[method], [done[name] for name in front])
     return done
 
 
@@ -301,7 +346,7 @@ def draw(results: dict[str, dict[str, Any]]) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4))
-    fixed = [results[name] for name in FIXED if name in results]
+    fixed = [results[name] for name in FRONT if name in results]
     if fixed:
         axes.plot([r["steps"] for r in fixed], [100 * r["test_accuracy"] for r in fixed], "-", color="0.6", zorder=1)
     for method, r in results.items():
@@ -314,8 +359,11 @@ def draw(results: dict[str, dict[str, Any]]) -> None:
             color="0.4" if method in FIXED else None,
             ls="",
             capsize=2,
-            label=method,
+            label=None if method in FIXED else method,
         )
+        if method in FIXED:
+            place = {"xytext": (6, -12), "textcoords": "offset points"}
+            axes.annotate(method, (r["steps"], 100 * r["test_accuracy"]), fontsize=8, color="0.4", **place)
     axes.set(xscale="log", xlabel="optimizer steps", ylabel="test accuracy (%)")
     axes.set_title("Fashion-MNIST, MLP, 10,000 images, 10 epochs, SGD, each rate chosen on validation", fontsize=10)
     axes.grid(alpha=0.3)

@@ -2,6 +2,7 @@ import dataclasses
 from typing import Any
 
 from lightning_opt.data import ResumableLoader
+from lightning_opt.data.resumable_loader import Place
 
 
 @dataclasses.dataclass
@@ -24,32 +25,16 @@ class Window:
     seen: int = 0
     tests: bool = False
 
-    @classmethod
-    def at(cls, loader: ResumableLoader, number: int, target: int, world_size: int) -> "Window":
-        """The window that begins with the batch of this number."""
-        window = cls(loader.sampler.epoch, number, target)  # type: ignore[attr-defined]
-        while not window.ends_with(loader, number, world_size):
+    def places(self, loader: ResumableLoader, world_size: int) -> list[Place]:
+        """Where its micro-batches lie. As sizes are the same on all ranks, so is their number."""
+        number, places, batches = self.first, [loader.place(self.first)], len(loader)
+        while number + 1 < batches and self._drawn(places) * world_size < self.target:
             number += 1
-        window.planned = window.samples(loader, number)
-        return window
+            places.append(loader.place(number))
+        return places
 
-    def ends_with(self, loader: ResumableLoader, number: int, world_size: int) -> bool:
-        """Whether the batch of this number is its last. As sizes are the same on all ranks, so is the answer."""
-        place = loader.place(number)
-        drawn = place.start + place.size - loader.place(self.first).start
-        return drawn * world_size >= self.target or number + 1 >= len(loader)
-
-    def samples(self, loader: ResumableLoader, number: int) -> int:
-        """Samples on all ranks, up to the batch of this number."""
-        return sum(loader.place(i).samples_of_all for i in range(self.first, number + 1))
-
-    def micro_batches(self, loader: ResumableLoader, world_size: int) -> list[int]:
-        """Samples of each of its micro-batches on this rank."""
-        number, out = self.first, [loader.place(self.first).samples]
-        while not self.ends_with(loader, number, world_size):
-            number += 1
-            out.append(loader.place(number).samples)
-        return out
+    def _drawn(self, places: list[Place]) -> int:
+        return places[-1].start + places[-1].size - places[0].start
 
     def state_dict(self) -> dict[str, Any]:
         """Builtins."""

@@ -39,6 +39,15 @@ def scale_lr(trainer: pl.Trainer, optimizer: Optimizer, factor: float) -> None:
                 setattr(scheduler, name, [float(lr) * factor for lr in getattr(scheduler, name)])
 
 
+def multiply_lr(optimizer: Optimizer, factor: float) -> None:
+    """Multiply the rate of every group, in place where it is a tensor."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].mul_(factor)
+        else:
+            group["lr"] *= factor
+
+
 def set_lr(group: dict[str, Any], lr: float) -> None:
     """Set the rate of a group, in place where it is a tensor."""
     if isinstance(group["lr"], Tensor):

@@ -1,7 +1,7 @@
 """The training loss of the step that is about to be made, to measure its curvature."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -14,13 +14,37 @@ from torch import Tensor, nn
 
 from lightning_opt._lightning.probe import Loss, LossFn, check_can_probe, probing
 from lightning_opt._lightning.restart import is_accumulating
-from lightning_opt.curvature import mean_over_ranks, probe_mode
+from lightning_opt.curvature import (
+    CurvatureOperator,
+    GGNOperator,
+    HessianOperator,
+    NonFiniteCurvatureError,
+    mean_over_ranks,
+    probe_mode,
+    split_at_outputs,
+)
 
+from ._name_patterns import matches
+
+Curvature = Literal["hessian", "ggn"]
 Products = Literal["autograd", "finite_difference"]
 
 
-def check_has_curvature(trainer: pl.Trainer, pl_module: pl.LightningModule, who: str, loss_fn: LossFn | None) -> None:
+def check_has_curvature(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    who: str,
+    loss_fn: LossFn | None,
+    param_filter: Sequence[str] | None = None,
+) -> None:
     """Refuse what :func:`module_probe` cannot measure; to be called in ``setup``.
+
+    Args:
+        trainer: About to fit.
+        pl_module: Its module.
+        who: The plugin that asks.
+        loss_fn: As for :func:`module_probe`.
+        param_filter: Patterns of the names of the parameters that are measured; see :func:`matches`.
 
     Raises:
         MisconfigurationException: As :func:`check_can_probe`; with parameters of less than 32 bits, or embeddings with
@@ -32,11 +56,28 @@ def check_has_curvature(trainer: pl.Trainer, pl_module: pl.LightningModule, who:
             f"{who} differentiates twice, for which precision={trainer.precision!r} is too coarse; use 32-true or a"
             " mixed precision, whose parameters are float32."
         )
-    sparse = [name for name, m in pl_module.named_modules() if isinstance(m, nn.Embedding) and m.sparse]
+    embeddings = [name for name, m in pl_module.named_modules() if isinstance(m, nn.Embedding) and m.sparse]
+    sparse = [name for name in embeddings if matches(f"{name}.weight", param_filter)]
     if sparse:
         raise MisconfigurationException(
             f"{who} cannot differentiate twice through {sparse[0]}, whose gradients are sparse."
         )
+
+
+def check_has_outputs(pl_module: pl.LightningModule, loss: Loss, batch: Any) -> None:
+    """Refuse a loss whose Gauss-Newton matrix is not known; within :func:`module_probe`, in front of the first step.
+
+    Raises:
+        MisconfigurationException: If the loss does not call the module once, for a tensor of outputs.
+    """
+    try:
+        with torch.no_grad(), contextlib.suppress(NonFiniteCurvatureError):
+            split_at_outputs(pl_module, loss)[0](batch)
+    except ValueError as error:
+        raise MisconfigurationException(
+            f"curvature='ggn' divides the training loss at the outputs of {type(pl_module).__name__}, but {error}. Call"
+            " self(inputs) once in training_step, or use curvature='hessian'."
+        ) from error
 
 
 @contextlib.contextmanager
@@ -53,6 +94,34 @@ def module_probe(
         if any(isinstance(m, nn.RNNBase) for m in pl_module.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))  # its layers differentiate once only
         yield loss
+
+
+def loss_curvature(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    loss: Loss,
+    parameters: Iterable[Tensor],
+    window: Sequence[Any],
+    *,
+    curvature: Curvature = "hessian",
+    products: Products = "autograd",
+) -> CurvatureOperator:
+    """The curvature of a loss of :func:`module_probe` on micro-batches, averaged over them and over ranks.
+
+    Args:
+        trainer: Fitting.
+        pl_module: Its module; its outputs are those of ``"ggn"``.
+        loss: From :func:`module_probe`; to be used within.
+        parameters: Those that are measured.
+        window: The micro-batches.
+        curvature: The Hessian, or the generalized Gauss-Newton matrix.
+        products: How products are made.
+    """
+    reduce = reduction(trainer)
+    if curvature == "hessian":
+        return HessianOperator(loss, parameters, window, method=products, reduce=reduce)
+    forward, output_loss = split_at_outputs(pl_module, loss)
+    return GGNOperator(forward, output_loss, parameters, window, method=products, reduce=reduce)
 
 
 def reduction(trainer: pl.Trainer) -> Callable[[Tensor], Tensor] | None:

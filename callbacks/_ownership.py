@@ -1,14 +1,22 @@
 from typing import Literal, Protocol, get_args, runtime_checkable
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    Callback,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 Possession = Literal["learning rate", "batch size", "closure"]
 
 _OF_LIGHTNING: dict[type[Callback], frozenset[Possession]] = {
-    StochasticWeightAveraging: frozenset({"learning rate"}),
+    BatchSizeFinder: frozenset({"batch size"}),
     GradientAccumulationScheduler: frozenset({"batch size"}),
+    LearningRateFinder: frozenset({"learning rate"}),
+    StochasticWeightAveraging: frozenset({"learning rate"}),
 }
 
 

@@ -1,6 +1,7 @@
 """Stability readings over a run: when there is one, what is logged of it, and the picture."""
 
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -11,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_opt.curvature import NonFiniteCurvatureError
 
-from ._loss_curvature import check_has_curvature, completes_step
+from ._loss_curvature import check_has_curvature
 from ._report_curves import COLORS
 from ._report_history import Curve
 from ._report_panel import Panel
@@ -24,7 +25,7 @@ Points = dict[str, tuple[list[float], list[float]]]
 
 
 class StabilityMeter:
-    """Reads the stability of a step, once its last micro-batch is there, and keeps the curves.
+    """Reads the stability of a step, and keeps the curves.
 
     Args:
         settings: How to measure.
@@ -42,11 +43,6 @@ class StabilityMeter:
         """Forget everything, for a new run."""
         self.curves: dict[str, Curve] = {}
         self.rejected = 0
-        self.let_go()
-
-    def let_go(self) -> None:
-        """Drop the micro-batches at hand."""
-        self.window: list[Any] = []
 
     def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule, who: str) -> None:
         """Refuse what cannot be measured.
@@ -64,16 +60,14 @@ class StabilityMeter:
             )
 
     def read(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        optimizer: Optimizer,
+        window: Sequence[Any],
+        batch_idx: int,
     ) -> Reading | None:
-        """Take a micro-batch of a step that is to be measured; behind the last one comes the reading.
-
-        None where there is none: more micro-batches to come, Adam's first step, or a curvature that is not finite.
-        """
-        self.window.append(batch)
-        if not completes_step(trainer, pl_module):
-            return None
-        window, self.window = self.window, []
+        """Measure on the micro-batches of a step; None at Adam's first step, or if the curvature is not finite."""
         try:
             reading = read_stability(trainer, pl_module, optimizer, window, self.settings, batch_idx)
         except NonFiniteCurvatureError as error:

@@ -19,17 +19,23 @@ from lightning_opt.curvature import (
     CurvatureOperator,
     GGNOperator,
     HessianOperator,
-    PreconditionedOperator,
     Stability,
     lanczos,
     stability,
+)
+from lightning_opt.curvature._trace_by_parameter import (
+    Quadratic,
+    Trace,
+    from_labels,
+    from_outputs,
+    from_signs,
+    log_partition,
 )
 
 from ._learning_rate import largest_lr
 from ._loss_curvature import Products, module_probe, reduction
 from ._optimizer_metric import heavy_ball_unit, in_metric, momentum_of
 
-Trace = Literal["hutchinson", "fisher_mc", "exact_mse"]
 ForwardFn = Callable[[pl.LightningModule, Any], Tensor]
 
 
@@ -48,6 +54,12 @@ class Settings:
     forward_fn: ForwardFn | None
     seed: int
     per_layer: bool = False
+
+    @classmethod
+    def of(cls, callback: Any) -> "Settings":
+        """Those that a callback keeps under their own names; what it lacks has its default."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: getattr(callback, name) for name in names if hasattr(callback, name)})
 
     def check(self) -> None:
         """Raise ValueError if one is out of its range."""
@@ -101,15 +113,16 @@ def read_stability(
         if operator is None:
             return None
         ritz = lanczos(operator, settings.lambda_max_steps, generator=generator)
+        shares = [1 / len(window)] * len(window)
         if settings.trace == "hutchinson":
-            parts = _hutchinson(operator, settings.num_probes, generator)
+            parts = from_signs(operator, settings.num_probes, generator)
         elif settings.trace == "fisher_mc":
             assert forward is not None
             generator.manual_seed(settings.seed + trainer.global_step + trainer.global_rank * 2**32)
-            parts = _averaged(trainer, _fisher(operator, forward, window, settings.num_probes, generator))
+            parts = _averaged(trainer, from_labels(operator, forward, window, shares, settings.num_probes, generator))
         else:
             assert forward is not None
-            parts = _averaged(trainer, settings.mse_factor * _exact(operator, forward, window))
+            parts = _averaged(trainer, settings.mse_factor * from_outputs(operator, forward, window, shares))
         names = _names(pl_module, operator)
     samples = parts.sum(dim=1)
     stderr = 0.0 if settings.trace == "exact_mse" else samples.std().item() / math.sqrt(len(samples))
@@ -147,7 +160,7 @@ def _curvature(
             return
         forward = functools.partial(settings.forward_fn or _call_on_inputs, pl_module)
         # any loss with the same curvature in the outputs, so targets are not needed
-        of_outputs = _log_partition if settings.trace == "fisher_mc" else _Quadratic(settings.mse_factor)
+        of_outputs = log_partition if settings.trace == "fisher_mc" else Quadratic(settings.mse_factor)
         yield (
             GGNOperator(
                 lambda batch: (forward(batch), None),
@@ -163,80 +176,6 @@ def _curvature(
 
 def _call_on_inputs(pl_module: pl.LightningModule, batch: Any) -> Tensor:
     return pl_module(batch[0] if isinstance(batch, (list, tuple)) else batch)
-
-
-def _log_partition(outputs: Tensor, _: Any) -> Tensor:
-    """Cross-entropy without its linear part."""
-    return outputs.logsumexp(dim=1).mean()
-
-
-class _Quadratic:
-    """Half the squared error, summed over outputs, mean over samples, times a factor, without its linear part."""
-
-    def __init__(self, factor: float) -> None:
-        self.factor = factor
-
-    def __call__(self, outputs: Tensor, _: Any) -> Tensor:
-        return self.factor / 2 * outputs.square().sum() / len(outputs)
-
-
-def _hutchinson(operator: CurvatureOperator, num_probes: int, generator: torch.Generator) -> Tensor:
-    """Estimates of the trace ``[probes, parameters]`` from random signs."""
-    rows = []
-    for _ in range(num_probes):
-        signs = torch.randint(0, 2, (operator.size,), generator=generator).mul_(2).sub_(1)
-        v = signs.to(operator.device, operator.dtype)
-        rows.append(_sums(operator, v * (operator @ v)))
-    return torch.stack(rows).to("cpu", torch.float64)
-
-
-def _fisher(
-    operator: CurvatureOperator,
-    forward: Callable[[Any], Tensor],
-    window: Sequence[Any],
-    num_probes: int,
-    generator: torch.Generator,
-) -> Tensor:
-    """Estimates ``[probes, parameters]`` from labels drawn from the network's own prediction.
-
-    Scores of different samples are independent with mean zero, so the squared norm of their sum is, on average, the sum
-    of their squared norms: one backward pass a probe.
-    """
-    rows = torch.zeros(num_probes, len(operator.params), dtype=torch.float64)
-    for batch in window:
-        logits = forward(batch)
-        if logits.ndim != 2:
-            raise ValueError(f"trace='fisher_mc' needs logits [samples, classes], got shape {list(logits.shape)}")
-        p = logits.detach().softmax(dim=1)
-        for number in range(num_probes):
-            labels = torch.multinomial(p.cpu(), 1, generator=generator).to(p.device)
-            score = p.scatter_add(1, labels, -torch.ones_like(p[:, :1]))
-            gradients = torch.autograd.grad(logits, operator.params, score, retain_graph=True, allow_unused=True)
-            gradient = operator.flatten(gradients) * _scale(operator)
-            rows[number] += _sums(operator, gradient.square()).to("cpu", torch.float64) / len(p) / len(window)
-    return rows
-
-
-def _exact(operator: CurvatureOperator, forward: Callable[[Any], Tensor], window: Sequence[Any]) -> Tensor:
-    """The mean over samples of the squared norms of the outputs' gradients ``[1, parameters]``."""
-    row = torch.zeros(1, len(operator.params), dtype=torch.float64)
-    for batch in window:
-        outputs = forward(batch)
-        for entry in outputs.flatten():
-            gradients = torch.autograd.grad(entry, operator.params, retain_graph=True, allow_unused=True)
-            gradient = operator.flatten(gradients) * _scale(operator)
-            row[0] += _sums(operator, gradient.square()).to("cpu", torch.float64) / len(outputs) / len(window)
-    return row
-
-
-def _scale(operator: CurvatureOperator) -> Tensor | float:
-    """What a gradient is multiplied by in the metric of the optimizer."""
-    return operator.scale if isinstance(operator, PreconditionedOperator) else 1.0
-
-
-def _sums(operator: CurvatureOperator, vector: Tensor) -> Tensor:
-    """Sums of the parts of a vector that belong to the parameters, in float64."""
-    return torch.stack([part.sum(dtype=torch.float64) for part in operator.unflatten(vector)])
 
 
 def _averaged(trainer: pl.Trainer, parts: Tensor) -> Tensor:

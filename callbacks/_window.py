@@ -1,4 +1,4 @@
-"""The micro-batches of a step, kept while it is accumulated, through checkpoints too."""
+"""Micro-batches that a measurement waits for, kept through checkpoints."""
 
 from typing import Any
 
@@ -13,13 +13,14 @@ from torch import Tensor
 def save_window(
     trainer: pl.Trainer, callback: pl.Callback, checkpoint: dict[str, Any], window: list[Any], key: str = "windows"
 ) -> None:
-    """Add the micro-batches of every rank to a checkpoint in the middle of a step; in ``on_save_checkpoint``."""
+    """Add the micro-batches that every rank has gathered to a checkpoint; in ``on_save_checkpoint``."""
     if not window or trainer.state.status == TrainerStatus.INTERRUPTED:  # a rank that crashed must not wait for others
         return
-    if not _is_plain(window):
+    odd = _first_odd(window)
+    if odd is not None:
         rank_zero_warn(
-            f"{type(callback).__name__}: batches of {type(window[0]).__name__} cannot be saved, so a run resumed from"
-            " this checkpoint, in the middle of an accumulation window, is not exact."
+            f"{type(callback).__name__}: batches that hold {odd.__name__} cannot be saved, so a run resumed from this"
+            " checkpoint, in the middle of what it measures on, is not exact."
         )
         return
     own = move_data_to_device(window, "cpu")  # type: ignore[arg-type]
@@ -40,10 +41,11 @@ def load_window(
     return list(move_data_to_device(windows[trainer.global_rank], trainer.strategy.root_device))
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether a checkpoint can hold it: tensors and builtins."""
-    if type(value) in (list, tuple):
-        return all(map(_is_plain, value))
+def _first_odd(value: Any) -> type | None:
+    """A type within that a checkpoint cannot hold: neither a tensor nor a builtin."""
     if type(value) is dict:
-        return all(map(_is_plain, value.keys())) and all(map(_is_plain, value.values()))
-    return isinstance(value, Tensor) or type(value) in (type(None), bool, int, float, str, bytes)
+        value = [*value.keys(), *value.values()]
+    if type(value) in (list, tuple):
+        return next((odd for odd in map(_first_odd, value) if odd is not None), None)
+    plain = isinstance(value, Tensor) or type(value) in (type(None), bool, int, float, str, bytes)
+    return None if plain else type(value)

@@ -1,23 +1,20 @@
-import functools
 import math
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_opt._checks import check_choice, check_interval
-from lightning_opt._lightning.log_rows import write_row
 from lightning_opt.curvature import (
     Guards,
-    HessianOperator,
     LanczosResult,
     NonFiniteCurvatureError,
     Step,
@@ -29,20 +26,25 @@ from lightning_opt.curvature import (
 from lightning_opt.curvature.step_rules import RULES, LowerEnd, Rule
 from lightning_opt.registry import register
 
-from ._arguments import described_by_arguments
+from ._lanczos_panels import lanczos_panels
 from ._learning_rate import largest_lr, only_optimizer, scale_lr, set_lr
-from ._log_values import is_wanted
-from ._loss_curvature import Products, check_has_curvature, completes_step, module_probe, part_of, reduction
+from ._loss_curvature import (
+    Curvature,
+    Products,
+    check_has_curvature,
+    check_has_outputs,
+    completes_step,
+    loss_curvature,
+    module_probe,
+    part_of,
+)
+from ._name_patterns import matches
 from ._optimizer_metric import ADAM_FAMILY, heavy_ball_unit, in_metric, momentum_of
 from ._ownership import Possession, check_no_scheduler, check_sole_owner
 from ._refresh_schedule import DENSE, RefreshSchedule
-from ._report_curves import COLORS
 from ._report_history import Curve
 from ._report_panel import Panel
-from ._window import load_window, save_window
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from ._step_probe import StepProbe
 
 EFFECTIVE = {None: 4.0, "linear": 10.0}
 """Rate / (1 - momentum) times sharpness. With a rate that falls, a larger one does no harm at the end of the run."""
@@ -59,8 +61,8 @@ NEVER = 2**62  # steps
     card="lanczos-lr-learner",
     log_prefix="lanczos_lr",
 )
-class LanczosLRLearner(pl.Callback):
-    r"""Sets learning rate and momentum from a few Lanczos steps on the Hessian of the batch about to be trained on.
+class LanczosLRLearner(StepProbe):
+    r"""Sets learning rate and momentum from a few Lanczos steps on the curvature of the batch about to be trained on.
 
     At a refresh, ``num_steps`` products of the Hessian with vectors give Ritz values; from the largest, :math:`L`, and
     from their lower end, :math:`\mu`, a rule (:func:`lightning_opt.curvature.step_rule`) computes rate and momentum,
@@ -96,9 +98,19 @@ class LanczosLRLearner(pl.Callback):
         refresh_every_n_epochs: Epochs between refreshes, each before the epoch's first step. Without either,
             ``max_overhead`` decides.
         max_overhead: Share of the time of the training steps that refreshes may take over the whole run.
+        curvature: ``"hessian"``, or ``"ggn"``: the generalized Gauss-Newton matrix, which leaves the curvature of the
+            network out and has no negative eigenvalues. ``training_step`` (or ``loss_fn``) must then call the module
+            once, as ``self(inputs)``; penalties that it adds to the loss are left out.
+        curvature_batches: Measure on so many of the last batches, the one about to be trained on included: a mean over
+            more samples, whose sharpness is less noisy and smaller, at as many times the cost. A step that begins a run
+            has fewer behind it.
         curvature_samples: So many samples of each micro-batch are measured on, or ``"all"``. Fewer are faster, and
             their curvature is larger (:func:`lightning_opt.curvature.predict_max_lr`), so the rate is on the safe side.
         products: ``"autograd"``, or ``"finite_difference"`` for losses that cannot be differentiated twice.
+        param_filter: Measure on the parameters whose names match one of these patterns (``"net.0.*"``), and none that
+            begins with ``!`` (``"!embedding.*"``); None for all. Rates are set for all of them in any case.
+        include_weight_decay: Count the optimizer's weight decay as part of the loss: it adds its coefficient to the
+            eigenvalues. The authors leave it out.
         weight_threshold: For ``mu="min"``.
         safety: The rate is at most this share of the largest stable one, :math:`2 (1 + \beta) / L`; inf for no limit.
         start: ``"curvature"``: the first refresh takes the share ``initial`` of the rule's rate, and the rate that the
@@ -120,14 +132,17 @@ class LanczosLRLearner(pl.Callback):
         ValueError: If a value is out of its range.
         MisconfigurationException: Before the first step, with several optimizers, one that is neither SGD nor of Adam's
             family, a scheduler, another callback that sets the rate, a strategy that shards the module, manual
-            optimization without ``loss_fn``, parameters of 16 bits, ``decay`` without a known number of steps.
+            optimization without ``loss_fn``, parameters of 16 bits, sparse embeddings that ``param_filter`` does not
+            leave out, a ``param_filter`` that nothing matches, ``"ggn"`` where the outputs are not known, ``decay``
+            without a known number of steps.
 
     A curvature that is not finite, or zero, is refused: rate and momentum stay, the refresh counts as rejected, and a
     warning says so once.
 
     Cost: a refresh is one forward pass, one backward pass with its graph, and ``num_steps`` passes of about two
-    backward passes each; memory of the double graph of one micro-batch and ``num_steps`` vectors of the parameters'
-    size. Nothing between refreshes, except that the first 16 steps are timed.
+    backward passes each (with several micro-batches each of them goes through its own forward pass again); memory of
+    the double graph of one micro-batch and ``num_steps`` vectors of the parameters' size. Nothing between refreshes,
+    except that the first 16 steps are timed.
 
     Source: arXiv:2006.09092 and its authors' scripts; guards, default rule and cadence are ours.
 
@@ -137,6 +152,8 @@ class LanczosLRLearner(pl.Callback):
     """
 
     owns: ClassVar[frozenset[Possession]] = frozenset({"learning rate"})
+    _measured: list[Tensor]  # parameters
+    _clock: float | None  # when the micro-batch under way began, in a step that is timed
 
     def __init__(
         self,
@@ -147,8 +164,12 @@ class LanczosLRLearner(pl.Callback):
         refresh_every_n_steps: int | None = None,
         refresh_every_n_epochs: int | None = None,
         max_overhead: float = 0.05,
+        curvature: Curvature = "hessian",
+        curvature_batches: int = 1,
         curvature_samples: int | Literal["all"] = 32,
         products: Products = "autograd",
+        param_filter: list[str] | None = None,
+        include_weight_decay: bool = False,
         weight_threshold: float = 0.5,
         safety: float = 1.0,
         start: Literal["curvature", "optimizer"] = "curvature",
@@ -163,6 +184,7 @@ class LanczosLRLearner(pl.Callback):
         seed: int = 0,
         paper_bug: bool = False,
     ) -> None:
+        super().__init__()
         check_choice("rule", rule, RULES)
         check_choice("mu", mu, ("median", "min"))
         check_interval("num_steps", num_steps, 2)
@@ -173,11 +195,15 @@ class LanczosLRLearner(pl.Callback):
             if refresh_every_n_steps is not None:
                 raise ValueError("give refresh_every_n_steps or refresh_every_n_epochs, not both")
         check_interval("max_overhead", max_overhead, 0, closed="()")
+        check_choice("curvature", curvature, ("hessian", "ggn"))
+        check_interval("curvature_batches", curvature_batches, 1)
         if isinstance(curvature_samples, str):
             check_choice("curvature_samples", curvature_samples, ("all",))
         else:
             check_interval("curvature_samples", curvature_samples, 1)
         check_choice("products", products, ("autograd", "finite_difference"))
+        if param_filter is not None and (isinstance(param_filter, str) or not all(param_filter)):
+            raise ValueError(f"param_filter must be a list of patterns, none of them empty, got {param_filter!r}")
         check_interval("weight_threshold", weight_threshold, 0, 1)
         if safety != math.inf:
             check_interval("safety", safety, 0, closed="()")
@@ -198,8 +224,12 @@ class LanczosLRLearner(pl.Callback):
         self.refresh_every_n_steps = refresh_every_n_steps
         self.refresh_every_n_epochs = refresh_every_n_epochs
         self.max_overhead = max_overhead
+        self.curvature = curvature
+        self.curvature_batches = curvature_batches
         self.curvature_samples = curvature_samples
         self.products = products
+        self.param_filter = param_filter
+        self.include_weight_decay = include_weight_decay
         self.weight_threshold = weight_threshold
         self.safety = safety
         self.start = start
@@ -218,15 +248,12 @@ class LanczosLRLearner(pl.Callback):
     def _begin(self) -> None:
         interval = self.refresh_every_n_steps if self.refresh_every_n_epochs is None else NEVER
         self._schedule = RefreshSchedule(interval, self.max_overhead)
-        self._optimizer: Optimizer | None = None
+        self._let_go()
         self._lr: float | None = None  # learned so far, before decay
         self._learned_at: int | None = None  # step
         self._sharpnesses: list[float] = []  # of recent refreshes
         self._shares: list[float] = []  # of it, by group
         self._steps = math.inf  # of the whole run
-        self._window: list[Any] = []  # micro-batches of the step that is refreshed at
-        self._row: dict[str, float] = {}  # to be logged behind the step
-        self._clock: float | None = None
         self._seconds = 0.0  # of the step under way
         self._products = self._rejected = 0
         self._warned = False
@@ -256,14 +283,16 @@ class LanczosLRLearner(pl.Callback):
             momentum_max=1.0,
         )
 
-    def __repr__(self) -> str:
-        return described_by_arguments(self)
-
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
             check_sole_owner(trainer, self)
-            check_has_curvature(trainer, pl_module, type(self).__name__, self.loss_fn)
+            check_has_curvature(trainer, pl_module, type(self).__name__, self.loss_fn, self.param_filter)
+            if self.curvature == "ggn" and not is_overridden("forward", pl_module):
+                raise MisconfigurationException(
+                    f"LanczosLRLearner(curvature='ggn') needs the outputs of the network: give"
+                    f" {type(pl_module).__name__} a forward method, and call it in training_step as self(inputs)."
+                )
             self._begin()
 
     @override
@@ -272,6 +301,7 @@ class LanczosLRLearner(pl.Callback):
         if self.on_scheduler == "error":
             check_no_scheduler(trainer, self)
         _check_optimizer(self._optimizer, self.rule)
+        self._measured = self._chosen_parameters(pl_module, self._optimizer)
         if self.decay is not None and math.isinf(trainer.estimated_stepping_batches):
             raise MisconfigurationException(
                 "LanczosLRLearner(decay='linear') must know how long the run is; give the Trainer max_steps."
@@ -295,11 +325,12 @@ class LanczosLRLearner(pl.Callback):
         epochs = self.refresh_every_n_epochs
         if epochs is not None and batch_idx == 0 and trainer.current_epoch % epochs == 0:
             self._schedule.next = step
-        if step >= self._schedule.next:
+        if self._is_near(step):
             samples = self.curvature_samples
-            self._window.append(batch if isinstance(samples, str) else part_of(batch, samples))
-            if completes:
-                self._refresh(trainer, pl_module, step, batch_idx)
+            self._window = self._recent(step)
+            self._window.append((step, batch if isinstance(samples, str) else part_of(batch, samples)))
+        if completes and step >= self._schedule.next:
+            self._refresh(trainer, pl_module, step, batch_idx)
         if completes and self.decay is not None:
             self._apply_decay(step)
         if self._schedule.is_timing:
@@ -315,27 +346,39 @@ class LanczosLRLearner(pl.Callback):
             if completes_step(trainer, pl_module):
                 self._schedule.step_seconds.append(self._seconds)
                 self._seconds = 0.0
-        if self._row:
-            row, self._row = self._row, {}
-            if is_wanted(trainer):
-                write_row(trainer, row)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     @override
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._let_go()
-
-    @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._let_go()
-
     def _let_go(self) -> None:
-        self._optimizer, self._clock, self._window, self._row = None, None, [], {}
+        super()._let_go()
+        self._measured, self._clock = [], None
+
+    def _chosen_parameters(self, pl_module: pl.LightningModule, optimizer: Optimizer) -> list[Tensor]:
+        """The trained parameters that the curvature is measured on."""
+        names = {id(p): name for name, p in pl_module.named_parameters()}
+        trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        chosen = [p for p in trained if matches(names.get(id(p), ""), self.param_filter)]
+        if not chosen:
+            raise MisconfigurationException(
+                f"LanczosLRLearner(param_filter={self.param_filter!r}) matches no trained parameter of"
+                f" {type(pl_module).__name__}; the first ones are {', '.join(list(names.values())[:3])}."
+            )
+        return chosen
+
+    def _is_near(self, step: int) -> bool:
+        """Whether the next refresh measures on the batch of this step."""
+        step_is_unknown = self.refresh_every_n_epochs is not None and self.curvature_batches > 1
+        return step_is_unknown or step > self._schedule.next - self.curvature_batches
+
+    def _recent(self, step: int) -> list[tuple[int, Any]]:
+        """The micro-batches at hand that a refresh in front of this step measures on, with the steps they are of."""
+        return [entry for entry in self._window if entry[0] > step - self.curvature_batches]
 
     # --- a refresh -------------------------------------------------------------------------------------------------
 
     def _refresh(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int, batch_idx: int) -> None:
         begin = time.perf_counter()
-        window, self._window = self._window, []
+        window = [batch for _, batch in self._recent(step)]
         result = self._measure(trainer, pl_module, window, step, batch_idx)
         if result is not None:
             self._products += result.products
@@ -351,17 +394,21 @@ class LanczosLRLearner(pl.Callback):
             if step >= DENSE:
                 schedule.interval = trainer.strategy.broadcast(schedule.chosen(self._steps))
         schedule.advance(step)
+        self._window = [entry for entry in self._window if self._is_near(entry[0])]
 
     def _measure(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, window: list[Any], step: int, batch_idx: int
     ) -> LanczosResult | None:
         """Ritz values of the curvature; None where there are none."""
         assert self._optimizer is not None
-        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         generator = torch.Generator().manual_seed(self.seed + step)
         with module_probe(trainer, pl_module, self.loss_fn, batch_idx) as loss:
-            hessian = HessianOperator(loss, parameters, window, method=self.products, reduce=reduction(trainer))
-            operator = in_metric(hessian, self._optimizer)
+            if self.curvature == "ggn" and self._products == 0:
+                check_has_outputs(pl_module, loss, window[0])
+            of_loss = loss_curvature(
+                *(trainer, pl_module, loss, self._measured, window), curvature=self.curvature, products=self.products
+            )
+            operator = in_metric(of_loss, self._optimizer, weight_decay=self.include_weight_decay)
             if operator is None:
                 return None
             try:
@@ -473,19 +520,6 @@ class LanczosLRLearner(pl.Callback):
         }
 
     @override
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        save_window(trainer, self, checkpoint, self._window)
-
-    @override
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        if trainer.state.fn == TrainerFn.FITTING:
-            self._window = load_window(trainer, self, checkpoint)
-
-    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._schedule.load_state_dict(state_dict["schedule"])
         self._lr, self._shares = state_dict["lr"], list(state_dict["shares"])
@@ -499,14 +533,7 @@ class LanczosLRLearner(pl.Callback):
 
     def report_panels(self) -> list[Panel]:
         """Rate and momentum over the run, and the last spectrum, for :class:`RunReport`."""
-        if "lr" not in self._curves:
-            return []
-        points = {name: curve.points() for name, curve in self._curves.items()}
-        return [
-            Panel("Learned rate", functools.partial(_draw_rate, points)),
-            Panel("Learned momentum", functools.partial(_draw_momentum, points)),
-            Panel("Ritz values at the last refresh", functools.partial(_draw_spectrum, *self._spectrum)),
-        ]
+        return lanczos_panels(self._curves, self._spectrum)
 
 
 def _check_optimizer(optimizer: Optimizer, rule: Rule) -> None:
@@ -528,22 +555,3 @@ def _now(device: torch.device) -> float:
     if device.type != "cpu":
         torch.get_device_module(device).synchronize(device)
     return time.perf_counter()
-
-
-def _draw_rate(points: dict[str, tuple[list[float], list[float]]], axes: "Axes") -> None:
-    axes.plot(*points["limit"], color=COLORS[1], linewidth=1.2, linestyle="--", label="largest stable")
-    axes.plot(*points["lr"], color=COLORS[0], linewidth=1.6, label="learned")
-    if "guards" in points:
-        axes.plot(*points["guards"], "o", color=COLORS[4], markersize=3.5, label="a guard acted")
-    axes.set(xlabel="step", yscale="log")
-    axes.legend(frameon=False)
-
-
-def _draw_momentum(points: dict[str, tuple[list[float], list[float]]], axes: "Axes") -> None:
-    axes.plot(*points["momentum"], color=COLORS[0], linewidth=1.6)
-    axes.set(xlabel="step", ylim=(0, 1))
-
-
-def _draw_spectrum(values: list[float], weights: list[float], axes: "Axes") -> None:
-    axes.stem(values, weights, linefmt=COLORS[0], markerfmt="o", basefmt=" ")
-    axes.set(xlabel="Ritz value", ylabel="weight", yscale="log")

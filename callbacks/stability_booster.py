@@ -3,25 +3,20 @@ from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_opt._checks import check_choice, check_interval
-from lightning_opt._lightning.log_rows import write_row
 from lightning_opt.registry import register
 
-from ._arguments import described_by_arguments
 from ._learning_rate import largest_lr, only_optimizer, scale_lr
-from ._log_values import is_wanted
 from ._loss_curvature import Products, completes_step, reduction
 from ._ownership import Possession, check_no_scheduler, check_sole_owner
 from ._report_panel import Panel
 from ._stability_meter import StabilityMeter
 from ._stability_reading import Settings, Trace
-from ._window import load_window, save_window
+from ._step_probe import StepProbe
 
 
 @register(
@@ -31,7 +26,7 @@ from ._window import load_window, save_window
     card="dynamical-stability",
     log_prefix="stability_booster",
 )
-class StabilityBooster(pl.Callback):
+class StabilityBooster(StepProbe):
     r"""Keeps the learning rate near the edge of stability, where only flat minima can be kept.
 
     A larger stable rate forces a smaller trace of the curvature (Wu and Su, arXiv:2305.17490), and that bounds the
@@ -99,6 +94,7 @@ class StabilityBooster(pl.Callback):
         forward_fn: Callable[[pl.LightningModule, Any], Tensor] | None = None,
         seed: int = 0,
     ) -> None:
+        super().__init__()
         check_interval("target", target, 0, 1, closed="(]")
         check_interval("growth", growth, 1, closed="()")
         check_interval("shrink", shrink, 0, 1, closed="()")
@@ -124,31 +120,15 @@ class StabilityBooster(pl.Callback):
         self.loss_fn = loss_fn
         self.forward_fn = forward_fn
         self.seed = seed
-        settings = Settings(
-            trace=trace,
-            num_probes=num_probes,
-            lambda_max_steps=lambda_max_steps,
-            products=products,
-            batch_size=batch_size,
-            dataset_size=dataset_size,
-            mse_factor=mse_factor,
-            loss_fn=loss_fn,
-            forward_fn=forward_fn,
-            seed=seed,
-        )
-        self._meter = StabilityMeter(settings)
+        self._meter = StabilityMeter(Settings.of(self))
         self._begin()
 
-    def __repr__(self) -> str:
-        return described_by_arguments(self)
-
     def _begin(self) -> None:
+        self._let_go()
         self._meter.begin()
-        self._optimizer: Optimizer | None = None
         self._losses: Tensor | None = None  # their sum since the last measurement, and their number
         self._of_step: Tensor | None = None  # likewise, of the step under way
         self._previous: float | None = None  # mean loss between the two measurements before
-        self._row: dict[str, float] = {}
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -179,8 +159,11 @@ class StabilityBooster(pl.Callback):
     ) -> None:
         if trainer.global_step % self.every_n_steps:
             return
+        window = self._gather(trainer, pl_module, batch)
+        if window is None:
+            return
         assert self._optimizer is not None
-        reading = self._meter.read(trainer, pl_module, self._optimizer, batch, batch_idx)
+        reading = self._meter.read(trainer, pl_module, self._optimizer, window, batch_idx)
         if reading is None:
             return
         falls = self._loss_falls(trainer)
@@ -216,40 +199,12 @@ class StabilityBooster(pl.Callback):
         if self._of_step is not None and completes_step(trainer, pl_module):
             self._losses = self._of_step if self._losses is None else self._losses + self._of_step
             self._of_step = None
-        if self._row:
-            row, self._row = self._row, {}
-            if is_wanted(trainer):
-                write_row(trainer, row)
-
-    @override
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._let_go()
-
-    @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._let_go()
-
-    def _let_go(self) -> None:
-        self._optimizer, self._row = None, {}
-        self._meter.let_go()
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     @override
     def state_dict(self) -> dict[str, Any]:
         losses = {"losses": self._losses, "of_step": self._of_step, "previous": self._previous}
         return {"meter": self._meter.state_dict(), **losses}
-
-    @override
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        save_window(trainer, self, checkpoint, self._meter.window)
-
-    @override
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        if trainer.state.fn == TrainerFn.FITTING:
-            self._meter.window = load_window(trainer, self, checkpoint)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -2,17 +2,13 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_opt._checks import check_choice, check_interval
-from lightning_opt._lightning.log_rows import write_row
 from lightning_opt.registry import register
 
-from ._arguments import described_by_arguments
 from ._learning_rate import only_optimizer, scale_lr
 from ._log_values import is_wanted
 from ._loss_curvature import Products
@@ -20,7 +16,7 @@ from ._ownership import Possession, check_no_scheduler, check_sole_owner
 from ._report_panel import Panel
 from ._stability_meter import StabilityMeter
 from ._stability_reading import Reading, Settings, Trace
-from ._window import load_window, save_window
+from ._step_probe import StepProbe
 
 
 @register(
@@ -31,7 +27,7 @@ from ._window import load_window, save_window
     log_prefix="stability",
     capabilities=("observer",),
 )
-class StabilityMonitor(pl.Callback):
+class StabilityMonitor(StepProbe):
     r"""Measures trace and largest eigenvalue of the curvature, and relates them to learning rate and batch size.
 
     Stochastic gradient descent can stay at a minimum that fits every sample only if
@@ -116,6 +112,7 @@ class StabilityMonitor(pl.Callback):
         forward_fn: Callable[[pl.LightningModule, Any], Tensor] | None = None,
         seed: int = 0,
     ) -> None:
+        super().__init__()
         check_interval("every_n_steps", every_n_steps, 1)
         check_choice("on_violation", on_violation, ("log", "warn", "scale_lr"))
         check_interval("ceiling", ceiling, 0, closed="()")
@@ -138,31 +135,14 @@ class StabilityMonitor(pl.Callback):
         self.forward_fn = forward_fn
         self.seed = seed
         self.owns: frozenset[Possession] = frozenset({"learning rate"} if on_violation == "scale_lr" else ())
-        settings = Settings(
-            trace=trace,
-            num_probes=num_probes,
-            lambda_max_steps=lambda_max_steps,
-            products=products,
-            batch_size=batch_size,
-            dataset_size=dataset_size,
-            mse_factor=mse_factor,
-            loss_fn=loss_fn,
-            forward_fn=forward_fn,
-            seed=seed,
-            per_layer=per_layer,
-        )
-        self._meter = StabilityMeter(settings)
+        self._meter = StabilityMeter(Settings.of(self))
         self._begin()
 
-    def __repr__(self) -> str:
-        return described_by_arguments(self)
-
     def _begin(self) -> None:
+        self._let_go()
         self._meter.begin()
-        self._optimizer: Optimizer | None = None
         self._violations = 0  # in a row
         self._warned = False
-        self._row: dict[str, float] = {}
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -183,32 +163,14 @@ class StabilityMonitor(pl.Callback):
     ) -> None:
         if trainer.global_step % self.every_n_steps or not (self.on_violation != "log" or is_wanted(trainer)):
             return
+        window = self._gather(trainer, pl_module, batch)
+        if window is None:
+            return
         assert self._optimizer is not None
-        reading = self._meter.read(trainer, pl_module, self._optimizer, batch, batch_idx)
+        reading = self._meter.read(trainer, pl_module, self._optimizer, window, batch_idx)
         if reading is not None:
             self._row = self._meter.row(reading)
             self._answer(trainer, reading)
-
-    @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if self._row:
-            row, self._row = self._row, {}
-            if is_wanted(trainer):
-                write_row(trainer, row)
-
-    @override
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._let_go()
-
-    @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._let_go()
-
-    def _let_go(self) -> None:
-        self._optimizer, self._row = None, {}
-        self._meter.let_go()
 
     def _answer(self, trainer: pl.Trainer, reading: Reading) -> None:
         """Do what a violation asks for, if there were enough of them."""
@@ -230,19 +192,6 @@ class StabilityMonitor(pl.Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         return {"meter": self._meter.state_dict(), "violations": self._violations, "warned": self._warned}
-
-    @override
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        save_window(trainer, self, checkpoint, self._meter.window)
-
-    @override
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        if trainer.state.fn == TrainerFn.FITTING:
-            self._meter.window = load_window(trainer, self, checkpoint)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -4,13 +4,11 @@ The settings to check with stand in the ``settings`` of each method's own test f
 constructor's arguments, or to a list of them.
 """
 
-import dataclasses
 import functools
 import importlib
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import pytorch_optimizer
@@ -19,23 +17,9 @@ import torch
 from lightning_opt import registry
 from lightning_opt.testing import ContractError, NotApplicable, check_optimizers_ddp, optimizer_checks
 from tests.collected import collect_settings
+from tests.contract_case import Case
 
 registry.load_all()
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """An optimizer, its settings, and what is known of it beforehand.
-
-    Attributes:
-        not_applicable: Checks of options that it does not take.
-        failures: Promises that it breaks: the check, and what the check must find.
-    """
-
-    cls: type[torch.optim.Optimizer]
-    kwargs: dict[str, Any]
-    not_applicable: frozenset[str]
-    failures: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 SETTINGS = collect_settings(Path(__file__).parent / "optim")
@@ -173,19 +157,7 @@ def _one_thread() -> Iterator[None]:
 @pytest.mark.parametrize("label", CASES)
 @pytest.mark.parametrize("check", CHECKS)
 def test_contract(label, check):
-    case, run = CASES[label], checks_of(label)[check]
-    if check in case.failures:
-        with pytest.raises(ContractError, match=case.failures[check]):
-            run()
-    elif check in case.not_applicable:
-        with pytest.raises(NotApplicable):
-            run()
-    else:
-        try:
-            run()
-        except NotApplicable as reason:
-            if check != "fused_matches_the_loop" or "no fused kernel" not in str(reason):
-                pytest.fail(f"not applicable: {reason}")
+    CASES[label].expect(check, checks_of(label)[check], excuse="no fused kernel" if "fused" in check else None)
 
 
 def test_every_optimizer_has_settings():

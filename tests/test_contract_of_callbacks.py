@@ -4,7 +4,6 @@ The settings to check with stand in the ``settings`` of each callback's own test
 the constructor's arguments, or to a list of them.
 """
 
-import dataclasses
 import functools
 import sys
 import textwrap
@@ -18,25 +17,11 @@ from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationSched
 
 from lightning_opt import registry
 from lightning_opt.callbacks._ownership import Owner
-from lightning_opt.testing import ContractError, NotApplicable, callback_checks, check_callbacks_ddp
+from lightning_opt.testing import ContractError, callback_checks, check_callbacks_ddp
 from tests.collected import collect_settings
+from tests.contract_case import Case
 
 registry.load_all()
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A callback, its settings, and what is known of it beforehand.
-
-    Attributes:
-        not_applicable: Checks of what it does not do, or refuses.
-        failures: Promises that it breaks: the check, and what the check must find.
-    """
-
-    cls: type[pl.Callback]
-    kwargs: dict[str, Any]
-    not_applicable: frozenset[str]
-    failures: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 OBSERVERS_ONLY = {"leaves_no_trace", "waits_for_nothing_between_logged_steps"}
@@ -127,18 +112,7 @@ def _quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("label", CASES)
 @pytest.mark.parametrize("check", CHECKS)
 def test_contract(label: str, check: str) -> None:
-    case, run = CASES[label], checks_of(label)[check]
-    if check in case.failures:
-        with pytest.raises(ContractError, match=case.failures[check]):
-            run()
-    elif check in case.not_applicable:
-        with pytest.raises(NotApplicable):
-            run()
-    else:
-        try:
-            run()
-        except NotApplicable as reason:
-            pytest.fail(f"not applicable: {reason}")
+    CASES[label].expect(check, checks_of(label)[check])
 
 
 def test_every_callback_has_settings() -> None:

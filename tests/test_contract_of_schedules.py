@@ -3,30 +3,19 @@
 The settings to check with stand in the ``settings`` of each schedule's own test file, for runs of 12 steps.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR, StepLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, StepLR
 
 from lightning_opt import registry
-from lightning_opt.testing import ContractError, NotApplicable, scheduler_checks
+from lightning_opt.testing import scheduler_checks
 from tests.collected import collect_settings
+from tests.contract_case import Case
 
 registry.load_all()
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A scheduler, its settings, and what is known of it beforehand."""
-
-    cls: type[LRScheduler]
-    kwargs: dict[str, Any]
-    not_applicable: frozenset[str] = frozenset()
-    failures: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 SCHEDULES = {entry.name: entry for entry in registry.entries("schedule")}
@@ -70,18 +59,7 @@ def checks_of(label: str) -> dict[str, Callable[[], None]]:
 @pytest.mark.parametrize("label", CASES)
 @pytest.mark.parametrize("check", CHECKS)
 def test_contract(label: str, check: str) -> None:
-    case, run = CASES[label], checks_of(label)[check]
-    if check in case.failures:
-        with pytest.raises(ContractError, match=case.failures[check]):
-            run()
-    elif check in case.not_applicable:
-        with pytest.raises(NotApplicable):
-            run()
-    else:
-        try:
-            run()
-        except NotApplicable as reason:
-            pytest.fail(f"not applicable: {reason}")
+    CASES[label].expect(check, checks_of(label)[check])
 
 
 def test_every_schedule_has_settings() -> None:

@@ -52,6 +52,8 @@ def own_validation_interval(trainer: pl.Trainer, is_due: Callable[[], bool]) -> 
     plain = epoch_loop._should_check_val_fx
 
     def should_check(data_fetcher: _DataFetcher) -> bool:
+        if not epoch_loop._should_check_val_epoch():  # whatever the batch
+            return False
         if trainer.val_check_batch is not None and trainer.val_check_batch != float("inf"):
             by_run = trainer.check_val_every_n_epoch is None
             done = (epoch_loop.total_batch_idx if by_run else epoch_loop.batch_idx) + 1

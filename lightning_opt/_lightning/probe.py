@@ -97,26 +97,48 @@ def probing(
     Cost: a copy of the module's buffers and metric states, and two transfers of random states. With ``torch.compile``
         the evaluation itself is that of the plain module.
     """
-    step: Callable[[pl.LightningModule, Any], Any] = loss_fn or _training_step(pl_module, batch_idx)
-    generators = _random_states(trainer.strategy.root_device)
-    modules = list(pl_module.modules())
-    before = [(module, dict(vars(module))) for module in modules]
+    loss = loss_of(pl_module, loss_fn, batch_idx)
     loggers = trainer.loggers
-    memo: dict[int, Any] = {}
     try:
-        for module in modules:
-            vars(module).update(_twins(module, memo))
-            if isinstance(module, pl.LightningModule):
-                vars(module).update(log=_silent, log_dict=_silent)
-        trainer.loggers = [DummyLogger() for _ in loggers]
-        with torch.inference_mode(False), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-            yield lambda batch: _scalar(step(pl_module, batch), pl_module)
+        with untouched(pl_module, trainer.strategy.root_device):
+            trainer.loggers = [DummyLogger() for _ in loggers]
+            yield loss
     finally:
         trainer.loggers = loggers
-        for module, attributes in before:
-            vars(module).clear()
-            vars(module).update(attributes)
-        _set_random_states(trainer.strategy.root_device, generators)
+
+
+@contextlib.contextmanager
+def untouched(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Within, a module may be evaluated and differentiated twice; behind, all is as it was before.
+
+    See :func:`probing` for what is put back, and what is not. It needs no Trainer: ``self.log`` does nothing.
+
+    Args:
+        module: Of any kind.
+        device: Whose random state is put back.
+    """
+    generators = _random_states(device)
+    modules = list(module.modules())
+    before = [(m, dict(vars(m))) for m in modules]
+    memo: dict[int, Any] = {}
+    try:
+        for m in modules:
+            vars(m).update(_twins(m, memo))
+            if isinstance(m, pl.LightningModule):
+                vars(m).update(log=_silent, log_dict=_silent)
+        with torch.inference_mode(False), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for m, attributes in before:
+            vars(m).clear()
+            vars(m).update(attributes)
+        _set_random_states(device, generators)
+
+
+def loss_of(module: Any, loss_fn: LossFn | None = None, batch_idx: int = 0) -> Loss:
+    """The loss of a batch as a scalar: that of ``loss_fn``, or else of ``training_step``; NaN for a skipped batch."""
+    step = loss_fn or _training_step(module, batch_idx)
+    return lambda batch: _scalar(step(module, batch), module)
 
 
 def _training_step(pl_module: pl.LightningModule, batch_idx: int) -> Callable[[pl.LightningModule, Any], Any]:

@@ -16,11 +16,15 @@ from .operator import MatrixOperator as MatrixOperator
 from .operator import mean_over_ranks as mean_over_ranks
 from .preconditioned import PreconditionedOperator as PreconditionedOperator
 from .probe_mode import probe_mode as probe_mode
+from .shifted import ShiftedOperator as ShiftedOperator
 from .spectral_density import Moment as Moment
 from .spectral_density import SpectralDensity as SpectralDensity
 from .spectral_density import slq_density as slq_density
+from .split_loss import split_at_outputs as split_at_outputs
 from .stability import Stability as Stability
 from .stability import stability as stability
+from .stability_report import StabilityReport as StabilityReport
+from .stability_report import stability_report as stability_report
 from .step_rules import Guards as Guards
 from .step_rules import Step as Step
 from .step_rules import curvature_range as curvature_range

@@ -2,26 +2,20 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_opt._checks import check_choice
-
-from ._context import forward_context, product_context
-from ._errors import check_twice_differentiable, differentiating_twice
+from ._batch_operator import BatchOperator, Method
+from ._context import forward_context
 from ._finite_difference import central_difference
-from ._micro_batches import MicroBatches
-from ._retained import Retained
-from .operator import CurvatureOperator
 
 OutputMap = Callable[[Tensor], Tensor]
 
 
-class OutputOperator(CurvatureOperator):
+class OutputOperator(BatchOperator):
     """Sum over micro-batches of ``J^T M J``; a subclass says what M does to a tangent of the outputs."""
 
     def __init__(
@@ -33,38 +27,31 @@ class OutputOperator(CurvatureOperator):
         *,
         weights: Sequence[float] | None = None,
         retain_graph: bool = True,
-        method: Literal["autograd", "finite_difference"] = "autograd",
+        method: Method = "autograd",
         reduce: Callable[[Tensor], Tensor] | None = None,
         dtype: torch.dtype | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(params, dtype=dtype, reduce=reduce)
-        check_choice("method", method, ["autograd", "finite_difference"])
+        super().__init__(
+            params,
+            batches,
+            weights=weights,
+            retain_graph=retain_graph,
+            method=method,
+            reduce=reduce,
+            dtype=dtype,
+            seed=seed,
+        )
         self.forward = forward
         self.loss = loss
-        self.method = method
-        self.seed = seed
-        self._batches = MicroBatches(batches, weights, reduce, self.device)
-        self.checked = False
-        self._retained: Retained[_Linearized] = Retained(self.params, retain_graph and len(self._batches) == 1)
 
     @abstractmethod
     def output_map(self, outputs: Tensor, targets: Any) -> OutputMap:
         """M at these outputs, which require gradients and have no history."""
 
     @override
-    def multiply(self, vectors: Tensor) -> Tensor:
-        twice = self.method == "autograd"
-        with product_context(self.device, twice=twice), differentiating_twice():
-            return self._batches.weighted_sum(partial(self._batch_product, vectors))
-
-    def _batch_product(self, vectors: Tensor, index: int, batch: Any) -> Tensor:
-        linear = self._retained.get(partial(_Linearized, self, index, batch))
-        products = []
-        for number, vector in enumerate(vectors):
-            keep = self._retained.keep or number < len(vectors) - 1
-            products.append(linear.product(vector, keep))
-        return torch.stack(products)
+    def linearize(self, index: int, batch: Any) -> "_Outputs":
+        return _Outputs(self, index, batch)
 
     def evaluate(self, index: int, batch: Any) -> tuple[Tensor, Any]:
         """Outputs and targets of a micro-batch, its random layers seeded."""
@@ -75,7 +62,7 @@ class OutputOperator(CurvatureOperator):
         return result
 
 
-class _Linearized:
+class _Outputs:
     """A micro-batch's outputs with the maps ``v -> J v`` and ``u -> J^T u``."""
 
     def __init__(self, operator: OutputOperator, index: int, batch: Any) -> None:
@@ -89,9 +76,7 @@ class _Linearized:
             # J^T u is linear in u, and its derivative along v is J v
             self.u = torch.zeros_like(self.outputs, requires_grad=True)
             pulled = torch.autograd.grad(self.outputs, operator.params, self.u, create_graph=True, allow_unused=True)
-            if not operator.checked:
-                check_twice_differentiable(pulled)
-                operator.checked = True
+            operator.check_graph(pulled)
             self.rows = [i for i, g in enumerate(pulled) if g is not None and g.requires_grad]
             self.pulled = [pulled[i] for i in self.rows]
 

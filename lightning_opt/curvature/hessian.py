@@ -1,29 +1,22 @@
 """Products with the Hessian of a loss, by double backward (Pearlmutter, 1994) or by differences of gradients."""
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_opt._checks import check_choice
 from lightning_opt.registry import register
 
+from ._batch_operator import BatchOperator, Method
 from ._context import forward_context, product_context
-from ._errors import check_twice_differentiable, differentiating_twice
 from ._finite_difference import central_difference
-from ._micro_batches import MicroBatches, scalar_loss
-from ._retained import Retained
-from .operator import CurvatureOperator
-
-# the gradients that depend on the parameters, and which parameter each belongs to
-Graph = tuple[list[Tensor], list[int]]
+from ._micro_batches import scalar_loss
 
 
 @register("tool", summary="Products with the Hessian of a loss, matrix-free")
-class HessianOperator(CurvatureOperator):
+class HessianOperator(BatchOperator):
     r"""The Hessian of a mean loss, :math:`\nabla^2 \sum_b w_b L_b(\theta)`, by its products with vectors.
 
     Parameters are taken as they are at the time of a product: after an optimizer step, products belong to the new
@@ -73,51 +66,35 @@ class HessianOperator(CurvatureOperator):
         *,
         weights: Sequence[float] | None = None,
         retain_graph: bool = True,
-        method: Literal["autograd", "finite_difference"] = "autograd",
+        method: Method = "autograd",
         reduce: Callable[[Tensor], Tensor] | None = None,
         dtype: torch.dtype | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(params, dtype=dtype, reduce=reduce)
-        check_choice("method", method, ["autograd", "finite_difference"])
+        super().__init__(
+            params,
+            batches,
+            weights=weights,
+            retain_graph=retain_graph,
+            method=method,
+            reduce=reduce,
+            dtype=dtype,
+            seed=seed,
+        )
         self.loss = loss
-        self.method = method
-        self.seed = seed
-        self._batches = MicroBatches(batches, weights, reduce, self.device)
-        self._checked = False
-        self._retained: Retained[Graph] = Retained(self.params, retain_graph and len(self._batches) == 1)
 
     @override
     def multiply(self, vectors: Tensor) -> Tensor:
-        with product_context(self.device, twice=self.method == "autograd"):
-            if self.method == "finite_difference":
-                return torch.stack([central_difference(self, self._gradient, v) for v in vectors])
-            with differentiating_twice():
-                return self._batches.weighted_sum(partial(self._batch_product, vectors))
+        if self.method == "autograd":
+            return super().multiply(vectors)
+        with product_context(self.device, twice=False):
+            return torch.stack([central_difference(self, self._gradient, v) for v in vectors])
 
-    def _batch_product(self, vectors: Tensor, index: int, batch: Any) -> Tensor:
-        graph = self._retained.get(partial(self._graph, index, batch))
-        products = []
-        for number, vector in enumerate(vectors):
-            keep = self._retained.keep or number < len(vectors) - 1
-            products.append(self._through(graph, vector, keep))
-        return products[0].unsqueeze(0) if len(products) == 1 else torch.stack(products)
-
-    def _graph(self, index: int, batch: Any) -> Graph:
-        grads = self._gradients(index, batch, create_graph=True)
-        if not self._checked:
-            check_twice_differentiable(grads)
-            self._checked = True
-        curved = {i: g for i, g in enumerate(grads) if g is not None and g.requires_grad}
-        return list(curved.values()), list(curved)
-
-    def _through(self, graph: Graph, vector: Tensor, keep: bool) -> Tensor:
-        grads, rows = graph
-        if not grads:  # the loss depends on other parameters only
-            return torch.zeros_like(vector)
-        parts = self.unflatten(vector)
-        along = [parts[i].to(g.dtype) for i, g in zip(rows, grads, strict=True)]
-        return self.flatten(torch.autograd.grad(grads, self.params, along, retain_graph=keep, allow_unused=True))
+    @override
+    def linearize(self, index: int, batch: Any) -> "_Gradients":
+        gradients = self._gradients(index, batch, create_graph=True)
+        self.check_graph(gradients)
+        return _Gradients(self, gradients)
 
     def _gradient(self) -> Tensor:
         return self._batches.weighted_sum(lambda index, batch: self.flatten(self._gradients(index, batch)))
@@ -128,3 +105,21 @@ class HessianOperator(CurvatureOperator):
             # a factor that requires a gradient: only then do functions marked once_differentiable put their error there
             factor = torch.ones_like(loss, requires_grad=create_graph)
             return torch.autograd.grad(loss, self.params, factor, create_graph=create_graph, allow_unused=True)
+
+
+class _Gradients:
+    """A micro-batch's gradients with their graph: those that depend on the parameters."""
+
+    def __init__(self, operator: HessianOperator, gradients: Sequence[Tensor | None]) -> None:
+        self.operator = operator
+        curved = {i: g for i, g in enumerate(gradients) if g is not None and g.requires_grad}
+        self.rows, self.gradients = list(curved), list(curved.values())
+
+    def product(self, vector: Tensor, keep: bool) -> Tensor:
+        operator = self.operator
+        if not self.gradients:  # the loss depends on other parameters only
+            return torch.zeros_like(vector)
+        parts = operator.unflatten(vector)
+        along = [parts[i].to(g.dtype) for i, g in zip(self.rows, self.gradients, strict=True)]
+        second = torch.autograd.grad(self.gradients, operator.params, along, retain_graph=keep, allow_unused=True)
+        return operator.flatten(second)

@@ -1,14 +1,11 @@
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from lightning_opt._checks import check_interval
 from lightning_opt.registry import register
@@ -16,14 +13,13 @@ from lightning_opt.registry import register
 from .content import CorruptDataError, read_content
 from .fetch import DataNotFoundError, PublishedFile
 from .published_files import PublishedFiles
-from .resumable_loader import ResumableLoader
+from .split_data_module import Batch, SplitDataModule, check_size
 
-Windows = tuple[Tensor, Tensor]
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 
 
 @register("data", summary="Text by characters: Shakespeare's Coriolanus, bundled (154,469 characters), or any file")
-class CharText(pl.LightningDataModule):
+class CharText(SplitDataModule):
     r"""Windows of a text by characters, for predicting each character from those before it.
 
     The text is divided in its order: training, then validation, then test. A batch is ``(inputs, targets)``, both int64
@@ -82,32 +78,24 @@ class CharText(pl.LightningDataModule):
         drop_last: bool = False,
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
-        for name, value in (("context", context), ("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-            check_interval(name, value, 1)
+        super().__init__(
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            seed=seed,
+            drop_last=drop_last,
+            num_workers=num_workers,
+        )
+        check_interval("context", context, 1)
         if stride is not None:
             check_interval("stride", stride, 1)
-        for name, size in (("val_size", val_size), ("test_size", test_size)):
-            if isinstance(size, float):
-                check_interval(f"{name} as a share", size, 0, 1, closed="()")
-            else:
-                check_interval(name, size, 1)
-        check_interval("seed", seed, 0)
-        check_interval("num_workers", num_workers, 0)
+        check_size("val_size", val_size)
+        check_size("test_size", test_size)
         self.path = path
         self.context = context
         self.stride = context if stride is None else stride
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
         self.val_size = val_size
         self.test_size = test_size
-        self.seed = seed
-        self.drop_last = drop_last
-        self.num_workers = num_workers
         self.characters = ""
-        self.train_set: TextWindows | None = None
-        self.val_set: TextWindows | None = None
-        self.test_set: TextWindows | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -153,22 +141,6 @@ class CharText(pl.LightningDataModule):
         self.val_set = TextWindows(self.encode(text[train : train + val]), self.context, self.context)
         self.test_set = TextWindows(self.encode(text[train + val :]), self.context, self.context)
 
-    def train_dataloader(self) -> DataLoader[Windows]:
-        """The training windows in an order that depends on ``seed`` and the epoch."""
-        return self._loader(self.train_set, self.batch_size, shuffle=True, drop_last=self.drop_last)
-
-    def val_dataloader(self) -> DataLoader[Windows]:
-        """The validation windows, in their order in the text."""
-        return self._loader(self.val_set, self.eval_batch_size)
-
-    def test_dataloader(self) -> DataLoader[Windows]:
-        """The test windows, in their order in the text."""
-        return self._loader(self.test_set, self.eval_batch_size)
-
-    def predict_dataloader(self) -> DataLoader[Windows]:
-        """The test windows, in their order in the text."""
-        return self._loader(self.test_set, self.eval_batch_size)
-
     def state_dict(self) -> dict[str, str]:
         """The vocabulary, which gives the model's indices their meaning."""
         return {"characters": self.characters}
@@ -184,23 +156,6 @@ class CharText(pl.LightningDataModule):
     def _check_ready(self) -> None:
         if not self.characters:
             raise RuntimeError(f"call setup() of {type(self).__name__} first; the Trainer does so by itself")
-
-    def _loader(
-        self, dataset: "TextWindows | None", batch_size: int, *, shuffle: bool = False, drop_last: bool = False
-    ) -> DataLoader[Windows]:
-        self._check_ready()
-        assert dataset is not None
-        if self.num_workers == 0:
-            warnings.filterwarnings("ignore", ".*does not have many workers.*", category=PossibleUserWarning)
-        return ResumableLoader(
-            dataset,
-            batch_size=batch_size,
-            shuffle=shuffle,
-            seed=self.seed,
-            drop_last=drop_last,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-        )
 
 
 @register("data", summary="Tiny Shakespeare by characters: 1,115,394 characters of Shakespeare's plays")
@@ -243,7 +198,7 @@ class TinyShakespeare(CharText):
         return decode_utf8(*self._source.read(_TINY_SHAKESPEARE, verify=self.verify))
 
 
-class TextWindows(Dataset[Windows]):
+class TextWindows(Dataset[Batch]):
     """Windows of a text and their targets; indexed with a whole batch at once (``__getitems__``).
 
     Args:
@@ -260,11 +215,11 @@ class TextWindows(Dataset[Windows]):
     def __len__(self) -> int:
         return max(len(self.indices) - len(self.offsets), -self.stride) // self.stride + 1
 
-    def __getitem__(self, index: int) -> Windows:
+    def __getitem__(self, index: int) -> Batch:
         inputs, targets = self.__getitems__([index])
         return inputs[0], targets[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> Windows:
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
         starts = torch.as_tensor(indices) * self.stride
         windows = self.indices[starts[:, None] + self.offsets].long()
         return windows[:, :-1], windows[:, 1:]

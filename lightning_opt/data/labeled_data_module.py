@@ -1,24 +1,20 @@
 import abc
-import warnings
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from lightning_opt._checks import check_interval
 
-from .resumable_loader import ResumableLoader
+from .split_data_module import Batch, SplitDataModule, check_size
 
 Split = Literal["train", "test"]
-Batch = tuple[Tensor, Tensor]
 
 
-class LabeledDataModule(pl.LightningDataModule, abc.ABC):
+class LabeledDataModule(SplitDataModule, abc.ABC):
     """Labeled samples that fit into memory, as one tensor, with a stratified validation split.
 
     A batch is ``(inputs, labels)``: the inputs as a subclass gives them, and int64 ``[B]``. It is one indexing
@@ -65,6 +61,9 @@ class LabeledDataModule(pl.LightningDataModule, abc.ABC):
         (torch.Size([10, 1]), True, 8)
     """
 
+    train_set: "LabeledDataset | None"
+    val_set: "LabeledDataset | None"
+    test_set: "LabeledDataset | None"
     classes: tuple[str, ...]
     noun: ClassVar[str] = "samples"
 
@@ -80,29 +79,20 @@ class LabeledDataModule(pl.LightningDataModule, abc.ABC):
         drop_last: bool = False,
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
-        check_interval("batch_size", batch_size, 1)
-        check_interval("eval_batch_size", eval_batch_size, 1)
-        if isinstance(val_size, float):
-            check_interval("val_size as a share", val_size, 0, 1, closed="()")
-        else:
-            check_interval("val_size", val_size, 1)
+        super().__init__(
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            seed=seed,
+            drop_last=drop_last,
+            num_workers=num_workers,
+        )
+        check_size("val_size", val_size)
         if train_size is not None:
             check_interval("train_size", train_size, 1)
-        check_interval("seed", seed, 0)
         check_interval("split_seed", split_seed, 0)
-        check_interval("num_workers", num_workers, 0)
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
         self.val_size = val_size
         self.train_size = train_size
-        self.seed = seed
         self.split_seed = split_seed
-        self.drop_last = drop_last
-        self.num_workers = num_workers
-        self.train_set: LabeledDataset | None = None
-        self.val_set: LabeledDataset | None = None
-        self.test_set: LabeledDataset | None = None
 
     @property
     def num_classes(self) -> int:
@@ -132,22 +122,6 @@ class LabeledDataModule(pl.LightningDataModule, abc.ABC):
         if "test" in splits and self.test_set is None:
             self.test_set = self.make_dataset(*self.load("test"))
 
-    def train_dataloader(self) -> DataLoader[Batch]:
-        """The training samples in an order that depends on ``seed`` and the epoch."""
-        return self._loader(self.train_set, self.batch_size, shuffle=True, drop_last=self.drop_last)
-
-    def val_dataloader(self) -> DataLoader[Batch]:
-        """The validation samples, in their order in the data."""
-        return self._loader(self.val_set, self.eval_batch_size)
-
-    def test_dataloader(self) -> DataLoader[Batch]:
-        """The test samples, in their order in the data."""
-        return self._loader(self.test_set, self.eval_batch_size)
-
-    def predict_dataloader(self) -> DataLoader[Batch]:
-        """The test samples, in their order in the data."""
-        return self._loader(self.test_set, self.eval_batch_size)
-
     def _split(self, inputs: Tensor, labels: Tensor) -> None:
         val = round(self.val_size * len(labels)) if isinstance(self.val_size, float) else self.val_size
         train = len(labels) - val if self.train_size is None else self.train_size
@@ -161,25 +135,6 @@ class LabeledDataModule(pl.LightningDataModule, abc.ABC):
         val_part, train_part = order[:val].sort().values, order[val : val + train].sort().values
         self.val_set = self.make_dataset(inputs[val_part], labels[val_part])
         self.train_set = self.make_dataset(inputs[train_part], labels[train_part])
-
-    def _loader(
-        self, dataset: "LabeledDataset | None", batch_size: int, *, shuffle: bool = False, drop_last: bool = False
-    ) -> DataLoader[Batch]:
-        if dataset is None:
-            raise RuntimeError(
-                f"call setup() of {type(self).__name__} before its loaders; the Trainer does so by itself"
-            )
-        if self.num_workers == 0:
-            warnings.filterwarnings("ignore", ".*does not have many workers.*", category=PossibleUserWarning)
-        return ResumableLoader(
-            dataset,
-            batch_size=batch_size,
-            shuffle=shuffle,
-            seed=self.seed,
-            drop_last=drop_last,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-        )
 
 
 class LabeledDataset(Dataset[Batch]):

@@ -783,9 +783,9 @@ def test_wrong_combinations_are_refused_before_the_first_step(module, kwargs, op
 
 
 def test_strategies_that_shard_are_refused(monkeypatch):
-    from lightning_opt.callbacks import adaptive_batch_size
+    from lightning_opt.callbacks import _batch_requirements
 
-    monkeypatch.setattr(adaptive_batch_size, "SingleDeviceStrategy", DDPStrategy)
+    monkeypatch.setattr(_batch_requirements, "SingleDeviceStrategy", DDPStrategy)
     with pytest.raises(MisconfigurationException, match="SingleDeviceStrategy accumulates or shards them"):
         fit([AdaptiveBatchSize()])
 

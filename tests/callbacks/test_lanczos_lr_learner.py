@@ -23,6 +23,8 @@ settings = {
         {},
         {"decay": "linear", "refresh_every_n_steps": 3, "rule": "polyak", "mu": "min", "start": "optimizer"},
         {"rule": "ssgdmn", "refresh_every_n_epochs": 1, "curvature_samples": 3, "products": "finite_difference"},
+        {"refresh_every_n_steps": 3, "curvature_batches": 3, "include_weight_decay": True, "param_filter": ["!*.bias"]},
+        {"refresh_every_n_steps": 2, "curvature": "ggn"},
     ]
 }
 
@@ -262,6 +264,228 @@ def test_bad_input_is_refused_before_the_first_step():
             fit(learner, options.pop("module"), **options)
 
 
+# --- what is measured ---
+
+
+def measured(patch):
+    """The dense operators of all refreshes to come."""
+    seen, original = [], learner_module.lanczos
+    patch.setattr(learner_module, "lanczos", lambda op, *a, **k: seen.append(op.to_dense()) or original(op, *a, **k))
+    return seen
+
+
+class Called(Net):
+    """As :class:`Net`, but it calls itself, and adds a penalty that is no part of the outputs' loss."""
+
+    def forward(self, inputs):
+        return self.net(inputs)
+
+    def training_step(self, batch, batch_idx):
+        penalty = sum(p.pow(4).sum() for p in self.parameters())
+        return nn.functional.cross_entropy(self(batch[0]), batch[1]) + penalty
+
+
+@pytest.mark.parametrize("products", ["autograd", "finite_difference"])
+def test_gauss_newton_is_measured_without_knowing_the_loss(monkeypatch, products):
+    """J' (diag p - p p') J of the first step, over its two micro-batches; and never a negative eigenvalue."""
+    seen = measured(monkeypatch)
+    learner = LanczosLRLearner(curvature="ggn", refresh_every_n_steps=4, curvature_samples="all", products=products)
+    loader = DataLoader(TensorDataset(*data(16)), 4)
+    fit(learner, Called(), loader=loader, accumulate_grad_batches=2)
+    module, (inputs, _) = Called(), data(16)
+    p = module(inputs[:8]).softmax(dim=1).detach()
+    jacobian = torch.func.jacrev(lambda q: torch.func.functional_call(module, q, inputs[:8]))(
+        dict(module.named_parameters())
+    )
+    rows = torch.cat([part.detach().flatten(2) for part in jacobian.values()], dim=2)
+    middle = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    expected = torch.einsum("nop,noq,nqr->pr", rows, middle, rows) / 8
+    # float32 sums of 8 terms; central differences of float32 have a relative error of 1e-4 or so
+    tolerance = 1e-5 if products == "autograd" else 1e-2
+    assert (seen[0] - expected).norm() <= tolerance * expected.norm()
+    if products == "autograd":
+        assert min(torch.linalg.eigvalsh(matrix).min() for matrix in seen) > -1e-5 * max(map(torch.norm, seen))
+
+
+def test_gauss_newton_needs_a_module_that_is_called_once():
+    class Twice(Called):
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy(self(batch[0]) + self(batch[0]), batch[1])
+
+    class Pair(Called):
+        def forward(self, inputs):
+            return self.net(inputs), inputs
+
+        def training_step(self, batch, batch_idx):
+            return self(batch[0])[0].square().mean()
+
+    class Around(Called):
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    cases = [
+        (Net, "needs the outputs of the network: give Net a forward method"),
+        (Twice, "must call Twice once, as a function of its inputs, it called it 2 times"),
+        (Around, "must call Around once, as a function of its inputs, it called it 0 times"),
+        (Pair, "Pair must return a tensor of outputs, got tuple"),
+    ]
+    for make in (sgd(), torch.optim.Adam):
+        for cls, message in cases:
+            module = cls(make)
+            with pytest.raises(MisconfigurationException, match=message):
+                fit(LanczosLRLearner(curvature="ggn"), module)
+            assert not module.rates
+
+
+def test_a_batch_without_a_loss_has_no_gauss_newton_matrix():
+    class Skips(Called):
+        def training_step(self, batch, batch_idx):
+            return None if 3 <= self.trainer.global_step < 6 else super().training_step(batch, batch_idx)
+
+    learner = LanczosLRLearner(curvature="ggn", refresh_every_n_steps=1)
+    with pytest.warns(UserWarning, match="the loss is not finite, and there are no outputs"):
+        fit(learner, Skips())
+    assert learner._rejected == 3
+
+
+class Tilted(pl.LightningModule):
+    """x w^2 / 2, mean over the batch: its sharpness is the mean of the inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(1, dtype=torch.float64))
+
+    def training_step(self, batch, batch_idx):
+        return (batch[0] * self.w.square()).mean() / 2
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([self.w], lr=1e-3)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("count", [1, 3])
+def test_curvature_batches_are_the_last_ones(count, accumulate):
+    """One of them about to be trained on; fewer where the run begins."""
+    inputs = 1 + torch.arange(24, dtype=torch.float64)  # a sample a micro-batch
+    steps = inputs.view(-1, accumulate).mean(dim=1)
+    learner = LanczosLRLearner(curvature_batches=count, refresh_every_n_steps=4, rule="gd", num_steps=2)
+    seen, original = [], learner_module.curvature_range
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learner_module, "curvature_range", lambda *a: (seen.append(original(*a)[0]), original(*a))[1])
+        loader = DataLoader(TensorDataset(inputs), 1)
+        fit(learner, Tilted(), loader=loader, max_epochs=1, accumulate_grad_batches=accumulate)
+    expected = [steps[max(0, s + 1 - count) : s + 1].mean().item() for s in range(0, len(steps), 4)]
+    assert seen == pytest.approx(expected, rel=1e-12)
+    assert len(learner._window) < count * accumulate  # no more is kept than the next refresh needs
+
+
+def test_curvature_batches_before_an_epoch():
+    inputs = 1 + torch.arange(8, dtype=torch.float64)
+    learner = LanczosLRLearner(curvature_batches=2, refresh_every_n_epochs=1, rule="gd", num_steps=2)
+    fit(learner, Tilted(), loader=DataLoader(TensorDataset(inputs), 1), max_epochs=2)
+    assert max(learner._spectrum[0]) == pytest.approx((8 + 1) / 2, rel=1e-12)
+    assert len(learner._window) <= 2
+
+
+@pytest.mark.filterwarnings("ignore:.*ResumeState")
+def test_curvature_batches_survive_a_kill(tmp_path):
+    """Also those of steps before, which are trained on already."""
+
+    def learner():
+        return LanczosLRLearner(refresh_every_n_steps=5, curvature_batches=4)
+
+    save = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    whole, _ = fit(learner(), Net(), ResumeState(), save)
+    for step in (1, 3, 4, 9, 13):
+        resumed, _ = fit(learner(), Net(), ResumeState(), ckpt_path=tmp_path / f"step={step}.ckpt")
+        assert resumed.rates == whole.rates[step:]
+
+
+def test_weight_decay_adds_to_every_eigenvalue():
+    """By group, exactly; left out by default."""
+
+    class Decayed(Quadratic):
+        def __init__(self):
+            super().__init__([1.0, 4.0, 9.0, 100.0])
+            self.v = nn.Parameter(torch.ones(2, dtype=torch.float64))
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) + 30 * self.v.square().sum() / 2
+
+        def configure_optimizers(self):
+            groups = [{"params": [self.w], "weight_decay": 50.0}, {"params": [self.v], "weight_decay": 300.0}]
+            return torch.optim.SGD(groups, lr=1e-3)
+
+    for included, largest, smallest in ((False, 100.0, 1.0), (True, 330.0, 51.0)):
+        learner = LanczosLRLearner(include_weight_decay=included, num_steps=6, mu="min", weight_threshold=1.0)
+        fit(learner, Decayed(), max_steps=1)
+        assert max(learner._spectrum[0]) == pytest.approx(largest, rel=1e-9)
+        assert min(learner._spectrum[0]) == pytest.approx(smallest, rel=1e-9)
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_weight_decay_of_adam(monkeypatch, decoupled):
+    """Part of the gradient, it is preconditioned; decoupled, it acts beside the metric."""
+    make = torch.optim.AdamW if decoupled else torch.optim.Adam
+    found = {}
+    for included in (False, True):
+        seen = measured(monkeypatch)
+        learner = LanczosLRLearner(include_weight_decay=included, refresh_every_n_steps=1, curvature_samples="all")
+        _, trainer = fit(
+            learner,
+            Net(lambda p: make(p, lr=1e-3, weight_decay=0.25)),
+            max_steps=2,
+            loader=DataLoader(TensorDataset(*data(4)), 4),
+        )
+        found[included] = seen[0]
+        monkeypatch.undo()
+    difference = (found[True] - found[False]).double()
+    if decoupled:
+        expected = torch.full((len(difference),), 0.25, dtype=torch.float64)
+    else:  # 0.25 / D, with the moments of the first step
+        first = Net(lambda p: make(p, lr=1e-3, weight_decay=0.25))
+        loss = nn.functional.cross_entropy(first.net(data(4)[0]), data(4)[1])
+        grads = torch.autograd.grad(loss, list(first.parameters()))
+        steps = [g + 0.25 * p for g, p in zip(grads, first.parameters(), strict=True)]
+        expected = 0.25 / (torch.cat([s.flatten() for s in steps]).abs().double() + 1e-8)
+    # differences of float32 entries, whose rates in the two runs are not the same
+    assert (difference.diagonal() - expected).norm() <= 1e-4 * (expected.norm() + found[True].norm())
+    assert (difference - difference.diagonal().diag()).norm() <= 1e-4 * found[True].norm()
+
+
+def test_chosen_parameters_alone_are_measured(monkeypatch):
+    """The block of the Hessian that belongs to them; the rate is for all."""
+    whole, chosen = [], []
+    for seen, patterns in ((whole, None), (chosen, ["net.*", "!net.0.*"])):
+        seen.append(measured(monkeypatch))
+        module, _ = fit(LanczosLRLearner(param_filter=patterns, curvature_samples="all"), max_steps=1)
+        monkeypatch.undo()
+    first_layer = sum(p.numel() for p in module.net[0].parameters())
+    assert torch.allclose(chosen[0][0], whole[0][0][first_layer:, first_layer:], atol=1e-7)
+    with pytest.raises(
+        MisconfigurationException, match=r"param_filter=\['head.*'\]\) matches no trained parameter of Net"
+    ):
+        fit(LanczosLRLearner(param_filter=["head.*"]))
+
+
+def test_a_sparse_embedding_can_be_left_out():
+    class Words(Net):
+        def __init__(self):
+            super().__init__(sgd(momentum=0.0, nesterov=False))
+            self.embedding = nn.Embedding(7, 5, sparse=True)
+
+        def training_step(self, batch, batch_idx):
+            words = batch[0][:, 0].abs().long().clamp(max=6)
+            return nn.functional.cross_entropy(self.net(batch[0] + self.embedding(words)), batch[1])
+
+    with pytest.raises(MisconfigurationException, match="cannot differentiate twice through embedding"):
+        fit(LanczosLRLearner(rule="gd"), Words())
+    learner = LanczosLRLearner(rule="gd", param_filter=["!embedding.*"], refresh_every_n_steps=1)
+    module, _ = fit(learner, Words())
+    assert len(learner._curves["lr"].points()[0]) == 16
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
 def test_manual_optimization_with_a_loss_function():
     class Manual(Net):
         def __init__(self):
@@ -389,6 +613,10 @@ def test_the_report_shows_it(tmp_path):
         ({"decay": "cosine"}, "decay must be one of"),
         ({"on_scheduler": "ignore"}, "on_scheduler must be one of"),
         ({"products": "jvp"}, "products must be one of"),
+        ({"curvature": "fisher"}, "curvature must be one of 'hessian', 'ggn'"),
+        ({"curvature_batches": 0}, "curvature_batches must be >= 1"),
+        ({"param_filter": "net.*"}, "param_filter must be a list of patterns, none of them empty, got 'net"),
+        ({"param_filter": ["net.*", ""]}, "param_filter must be a list of patterns"),
     ],
 )
 def test_wrong_values(options, message):

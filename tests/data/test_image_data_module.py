@@ -288,7 +288,7 @@ def test_more_images_than_there_are_is_refused_in_setup(sizes: dict[str, int], a
 
 
 def test_loaders_before_setup() -> None:
-    with pytest.raises(RuntimeError, match=r"call setup\(\) of Numbered before its loaders"):
+    with pytest.raises(RuntimeError, match=r"call setup\(\) of Numbered first"):
         Numbered().train_dataloader()
 
 

@@ -141,6 +141,15 @@ def test_norms_that_vanish_are_clamped_and_said_to_be():
     torch.testing.assert_close(smooth_norms(norms).norms[160:], torch.full((40,), 1e-3).double())
 
 
+def test_large_norms_at_the_beginning_are_a_warm_up():
+    """As the first norm is repeated before the beginning; the median of reflected norms would be 1 from the start."""
+    norms = torch.tensor([8.0, 4.0, 2.0] + [1.0] * 97)
+    assert torch.equal(smooth_norms(norms, tau=0.1).norms, norms.double())  # by a filter 11 wide
+    schedule = refine_schedule(norms, tau=0.1)
+    assert schedule.argmax() == 3  # weight 1, and 96 of weight 1 behind it
+    assert schedule[0].item() == pytest.approx((1 / 16 + 1 / 4 + 97) / 64 / 96, rel=1e-12)
+
+
 def test_infinite_norms_are_dropped_and_the_length_stays():
     norms = torch.from_numpy(record(100))
     with_infinite = torch.cat([torch.tensor([math.inf]).double(), norms, torch.tensor([math.inf]).double()])

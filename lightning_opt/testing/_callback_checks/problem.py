@@ -122,7 +122,7 @@ class Problem(pl.LightningModule):
 
     def _loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         inputs, labels = batch
-        return nn.functional.cross_entropy(self.net(inputs), labels)
+        return nn.functional.cross_entropy(self(inputs), labels)
 
 
 class WithoutLength(IterableDataset):
