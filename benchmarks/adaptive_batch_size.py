@@ -17,10 +17,11 @@ callback, paired; printed only. It hardly depends on what else the machine does.
 
 **front**: an MLP (784-256-128-10), 10,000 training images, 10,000 others to choose by, 10 epochs, SGD with momentum 0.9
 whose rate falls linearly to zero over the samples, no weight decay, all through the Trainer. Fixed batches of 32, 128,
-512 and 2048, one of 1024 to see how coarse their line is, and batches that grow from 32 to 2048 at most. For each method 5 rates a factor of about 3 apart on seed
-0; while the best is at an edge, one more there; the best and its neighbors on three seeds, and the rate with the best
-validation accuracy is the method's. The front is the line through the first four in (log steps, test accuracy); a
-growing batch is beyond it if it lies above by more than one standard error, paired by seed; the same with the fifth.
+512 and 2048, one of 1024 to see how coarse their line is, and batches that grow from 32 to 2048 at most. For each
+method 5 rates a factor of about 3 apart on seed 0; while the best is at an edge, one more there; the best and its
+neighbors on three seeds, and the rate with the best validation accuracy is the method's. The front is the line through
+the first four in (log steps, test accuracy); a growing batch is beyond it if it lies above by more than one standard
+error, paired by seed; the same with the fifth.
 Every run is written to ``benchmarks/results/adaptive_batch_size.json`` when it ends, and is skipped until a setting
 changes.
 """
