@@ -154,6 +154,7 @@ def network_calls(
     warmup: Warmup = "low_order",
     lower_order_final: bool = False,
     denoise: bool = False,
+    skip: int = 0,
     time: TimeMap | None = None,
 ) -> list[NetworkCall]:
     """What a sampler does on a grid of noise levels: one entry a call of the network, each with its update.
@@ -168,14 +169,15 @@ def network_calls(
             Kutta's of order 3 (four calls more), which carries order 4.
         lower_order_final: End with an order of at most the steps left: 2 in the last step but one, 1 in the last.
         denoise: Extend the last update to noise level 0 with the newest prediction, at no call's cost.
+        skip: Begin behind so many steps, with no predictions; the calls left are at the same levels.
         time: For ``"t_ab"``: maps noise levels to times.
 
     Returns:
         The calls in order.
 
     Raises:
-        ValueError: If a name is unknown, an order is outside 1 to 4, or a multistep method of order r has fewer than r
-            steps.
+        ValueError: If a name is unknown, an order is outside 1 to 4, a multistep method of order r has fewer than r
+            steps, or all steps are skipped.
 
     Example:
         >>> for call in network_calls(torch.tensor([2.0, 1.0, 0.0]), "rk_2heun"):
@@ -188,12 +190,18 @@ def network_calls(
     check_choice("algorithm", algorithm, ALGORITHMS)
     check_choice("warmup", warmup, get_args(Warmup))
     rho = _falling(rho)
-    levels = rho.tolist()
+    steps = len(rho) - 1
+    check_interval("skip", skip, 0, steps - 1)
+    rho = rho[skip:]
     if algorithm.startswith("rk_"):
-        tableau = TABLEAUS[algorithm.removeprefix("rk_")]
+        tableau, levels = TABLEAUS[algorithm.removeprefix("rk_")], rho.tolist()
         calls = [call for pair in zip(levels, levels[1:], strict=False) for call in _runge_kutta(*pair, tableau)]
     else:
-        calls = _multistep(rho, algorithm, order, warmup, lower_order_final, time)
+        check_interval("order", order, 1, 4)
+        if steps < order:
+            raise ValueError(f"a multistep method of order {order} needs at least {order} steps, got {steps}")
+        single_steps, tableau = _start(order, warmup)
+        calls = _multistep(rho, algorithm, order, lower_order_final, max(0, single_steps - skip), tableau, time)
     if denoise and calls[-1].rho_next > 0:
         newest, *others = calls[-1].coefficients
         calls[-1] = calls[-1]._replace(rho_next=0.0, coefficients=(newest - calls[-1].rho_next, *others))
@@ -222,18 +230,20 @@ def ipndm_coefficients(rho: Tensor, order: int | Sequence[int]) -> Tensor:
 
 
 def _multistep(
-    rho: Tensor, algorithm: str, order: int, warmup: str, lower_order_final: bool, time: TimeMap | None
+    rho: Tensor,
+    algorithm: str,
+    order: int,
+    lower_order_final: bool,
+    single_steps: int,
+    tableau: Tableau,
+    time: TimeMap | None,
 ) -> list[NetworkCall]:
-    check_interval("order", order, 1, 4)
     levels, steps = rho.tolist(), len(rho) - 1
-    if steps < order:
-        raise ValueError(f"a multistep method of order {order} needs at least {order} steps, got {steps}")
     orders = [min(order, i + 1, steps - i if lower_order_final else order) for i in range(steps)]
     if algorithm == "ipndm":
         table = ipndm_coefficients(rho, orders)
     else:
         table = deis_coefficients(rho, orders, _BASES[algorithm], time=time)
-    single_steps, tableau = _start(order, warmup)
     calls: list[NetworkCall] = []
     places: list[int] = []  # of each step's first call among the calls
     for i, (now, after) in enumerate(zip(levels, levels[1:], strict=False)):
