@@ -1,4 +1,7 @@
-"""Diffusion models of positive data: processes, scores, losses, and samplers as diffusers schedulers."""
+"""Multiplicative diffusion: geometric Brownian motion on positive data, its scores, losses and diffusers schedulers.
+
+The mathematics needs torch alone; the schedulers need the extra ``diffusion``.
+"""
 
 import lazy_loader
 
