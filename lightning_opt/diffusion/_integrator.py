@@ -1,10 +1,42 @@
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .deis import NetworkCall
+from .deis import NetworkCall, network_calls
+
+
+class Plan:
+    """A sampler on a grid: the calls of the network, and an integrator that begins at any step of them.
+
+    Args:
+        levels: Noise levels ``[N + 1]``, falling.
+        scale: Factor of v at a noise level, in ``x = scale * v + shift``.
+        shift: Shift at a noise level.
+        **options: Those of :func:`network_calls`.
+    """
+
+    def __init__(
+        self, levels: Tensor, *, scale: Callable[[float], float], shift: Callable[[float], float], **options: Any
+    ) -> None:
+        self._levels, self._scale, self._shift, self._options = levels, scale, shift, options
+        self.calls = network_calls(levels, **options)
+
+    def begin(self, index: int) -> "Integrator":
+        """The integrator of the calls from a place on, with no predictions before.
+
+        Raises:
+            ValueError: If the call is not the first of its step.
+        """
+        if self.calls[index].stage:
+            raise ValueError(
+                f"the run begins at call {index} of {len(self.calls)}, which is stage {self.calls[index].stage + 1} of "
+                "a step; begin at the first of a step's calls (with a multistep method, use warmup='low_order')"
+            )
+        steps_before = sum(call.stage == 0 for call in self.calls[:index])
+        calls = network_calls(self._levels, skip=steps_before, **self._options) if steps_before else self.calls
+        return Integrator(calls, self._scale, self._shift)
 
 
 class _Update(NamedTuple):
@@ -30,8 +62,8 @@ class Integrator:
     def __init__(
         self,
         calls: Sequence[NetworkCall],
-        scale: Callable[[float], float] = lambda rho: 1.0,
-        shift: Callable[[float], float] = lambda rho: 0.0,
+        scale: Callable[[float], float],
+        shift: Callable[[float], float],
     ) -> None:
         self._updates: list[_Update] = []
         start = calls[0].rho

@@ -26,13 +26,13 @@ class NoiseSchedule(Protocol):
     def t_end(self) -> float:
         """The time of the largest noise level."""
 
-    def rho(self, t: Number) -> Number:
+    def rho(self, t: Number, /) -> Number:
         """The noise level at a time: noise over signal."""
 
-    def time(self, rho: Number) -> Number:
+    def time(self, rho: Number, /) -> Number:
         """The time of a noise level: what the network is conditioned on."""
 
-    def signal(self, rho: Number) -> Number:
+    def signal(self, rho: Number, /) -> Number:
         """The factor of x_0 in x_t."""
 
 
