@@ -12,7 +12,7 @@ class Plan:
 
     Args:
         levels: Noise levels ``[N + 1]``, falling.
-        scale: Factor of v at a noise level, in ``x = scale * v + shift``.
+        scale: Factor of v at a noise level, in ``x = scale * v + shift``. Picklable, as a scheduler is.
         shift: Shift at a noise level.
         **options: Those of :func:`network_calls`.
     """
@@ -78,33 +78,31 @@ class Integrator:
         self._history: list[Tensor] = []
         self._start = torch.empty(0)
 
-    def update(self, x: Tensor, epsilon: Tensor) -> Tensor:
-        """The sample after the next call of the plan.
+    def update(self, call: int, x: Tensor, epsilon: Tensor) -> Tensor:
+        """The sample after a call of the plan.
 
         Args:
+            call: Its place in the plan: the next, or one of the last few again, which is then done anew.
             x: The sample at the call, float32 or float64.
             epsilon: The noise predicted there.
 
         Raises:
             ValueError: If the shape is another than in the calls before.
         """
+        del self._history[: self._done - call]
         if self._history and self._history[0].shape != x.shape:
             raise ValueError(
                 f"the sample has the shape {tuple(x.shape)}, but the predictions kept from the calls before have "
                 f"{tuple(self._history[0].shape)}; call set_timesteps to begin with another batch"
             )
-        update = self._updates[self._done]
+        update = self._updates[call]
         if update.stage == 0:
             self._start = x
         self._history.insert(0, epsilon)
         del self._history[self._longest :]
+        self._done = call + 1
         after = self._start * update.factor if update.factor != 1 else self._start
         terms = [(c, eps) for c, eps in zip(update.coefficients, self._history, strict=False) if c]
         for i, (c, eps) in enumerate(terms):
             after = after.add(eps, alpha=c) if i == 0 else after.add_(eps, alpha=c)
-        if update.shift:
-            after = after.add_(update.shift)
-        self._done += 1
-        if self._done == len(self._updates):  # free the memory of a finished run
-            self._history, self._start = [], torch.empty(0)
-        return after
+        return after.add_(update.shift) if update.shift else after

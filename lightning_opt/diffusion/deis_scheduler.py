@@ -150,7 +150,9 @@ class DEISScheduler(SchedulePlace):
             table = DDPMScheduler(
                 count, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr=rescale_betas_zero_snr
             ).alphas_cumprod  # of diffusers, in float32: these are the levels that the network was trained at
-            self.noise = VariancePreserving(table.clamp_min(2**-24), sigma_min, sigma_max)
+            if rescale_betas_zero_snr:
+                table = table.clamp_min(2**-24)  # as diffusers' Euler sampler: a level that is not infinite
+            self.noise = VariancePreserving(table, sigma_min, sigma_max)
         #: Network calls in a step: 1, or the stages of a Runge-Kutta method.
         self.order = len(TABLEAUS[deis_type.removeprefix("rk_")].weights) if deis_type.startswith("rk_") else 1
         self._no_schedule()
@@ -237,8 +239,8 @@ class DEISScheduler(SchedulePlace):
             num_inference_steps: Steps. Network calls are ``len(timesteps)``: ``order`` times as many, and a few more
                 with another ``warmup`` than the default.
             device: Where the timesteps are to be.
-            sigmas: Levels of the steps in place of the grid, decreasing, in the meaning of diffusers: noise over signal for
-                VP and VE models, s for flow models (before the shift). A last 0 may be left out.
+            sigmas: Levels of the steps in place of the grid, decreasing, in the meaning of diffusers: noise over signal
+                for VP and VE models, s for flow models (before the shift). A last 0 may be left out.
             mu: The shift, with ``use_dynamic_shifting``.
             timesteps: Times of the steps in place of the grid, decreasing.
 
@@ -264,7 +266,7 @@ class DEISScheduler(SchedulePlace):
         self._plan = Plan(
             levels,
             scale=self.noise.signal,
-            shift=lambda rho: 0.0,
+            shift=_zero,
             algorithm=c.deis_type,
             order=c.solver_order,
             warmup=c.warmup,
@@ -275,7 +277,6 @@ class DEISScheduler(SchedulePlace):
         calls = self._plan.calls
         self._affine = [self._epsilon_of(call.rho) for call in calls]
         self._take_schedule([self.noise.time(call.rho) for call in calls], device)
-        self.num_inference_steps = len(levels) - 1
         sigmas = [call.rho for call in calls] + [calls[-1].rho_next]
         self.sigmas = torch.tensor([self._sigma_of_rho(rho) for rho in sigmas], dtype=torch.float32)
 
@@ -304,11 +305,11 @@ class DEISScheduler(SchedulePlace):
             self._begin_index = self._first_call_at(timestep)
         index = self._place(model_output, timestep, sample)
         if self._step_index is None:
-            self._integrator = self._plan.begin(index)
+            self._first, self._integrator = index, self._plan.begin(index)
         x, output = sample.to(wide(sample.dtype)), model_output.to(wide(sample.dtype))
         state, scale = self._affine[index]
         epsilon = output if scale == 1 and not state else torch.add(output * scale, x, alpha=state)
-        prev_sample = self._integrator.update(x, epsilon).to(sample.dtype)
+        prev_sample = self._integrator.update(index - self._first, x, epsilon).to(sample.dtype)
         self._advance(index, prev_sample, model_output, sample)
         return SchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
 
@@ -370,3 +371,7 @@ class DEISScheduler(SchedulePlace):
 
     def _sigma_of_rho(self, rho: float) -> float:
         return rho / (1 + rho) if self.config.noise_schedule == "flow" else rho
+
+
+def _zero(rho: float) -> float:
+    return 0.0

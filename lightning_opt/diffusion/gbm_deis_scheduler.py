@@ -1,3 +1,4 @@
+import functools
 from typing import Literal
 
 import torch
@@ -13,6 +14,7 @@ from ._schedule_place import whole
 from .deis import ALGORITHMS, TABLEAUS, Warmup
 from .gbm_scheduler import GBMSchedulerOutput
 from .parametrization import PredictionType, denoised_log, wide
+from .process import GeometricBrownianMotion
 from .time_grid import Spacing, noise_levels
 
 
@@ -125,8 +127,8 @@ class GBMDEISScheduler(LogStateScheduler):
         levels = noise_levels(process, count + 1, c.timestep_spacing, c.spacing_order)[:-1]
         self._plan = Plan(
             torch.tensor(levels, dtype=torch.float64),
-            scale=lambda rho: 1.0,
-            shift=lambda rho: process.mean_shift(process.time(rho)),
+            scale=_one,
+            shift=functools.partial(_mean_shift, process),
             algorithm=c.algorithm_type,
             order=c.solver_order,
             warmup=c.warmup,
@@ -134,10 +136,8 @@ class GBMDEISScheduler(LogStateScheduler):
             denoise=c.denoise_final,
             time=process.time,
         )
-        rhos = [call.rho for call in self._plan.calls]
-        self._begin(rhos, device)
-        self.num_inference_steps = count
-        self.sigmas = torch.tensor([*rhos, self._plan.calls[-1].rho_next], dtype=torch.float32)
+        self._begin([call.rho for call in self._plan.calls], device)
+        self.sigmas = torch.tensor([*levels[:-1], self._plan.calls[-1].rho_next], dtype=torch.float32)
 
     def step(
         self,
@@ -161,11 +161,19 @@ class GBMDEISScheduler(LogStateScheduler):
         """
         index = self._place(model_output, timestep, sample)
         if self._step_index is None:
-            self._integrator = self._plan.begin(index)
+            self._first, self._integrator = index, self._plan.begin(index)
         log_x, output = sample.to(wide(sample.dtype)), model_output.to(wide(sample.dtype))
         mean_shift, rho = self._levels[index]
         epsilon = self.parametrization.epsilon(output, log_x, mean_shift, rho)
-        prev_sample = self._integrator.update(log_x, epsilon).to(sample.dtype)
+        prev_sample = self._integrator.update(index - self._first, log_x, epsilon).to(sample.dtype)
         denoised = denoised_log(epsilon, log_x, mean_shift, rho).to(sample.dtype)
         self._advance(index, prev_sample, model_output, sample)
         return GBMSchedulerOutput(prev_sample, denoised) if return_dict else (prev_sample, denoised)
+
+
+def _one(rho: float) -> float:
+    return 1.0
+
+
+def _mean_shift(process: GeometricBrownianMotion, rho: float) -> float:
+    return process.mean_shift(process.time(rho))
