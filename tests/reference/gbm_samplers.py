@@ -17,9 +17,9 @@ def dale(
     generator: torch.Generator,
     inner_steps: int = 1,
     factor: float = 1.0,
+    anneal: float = 1.0,
 ) -> Tensor:
-    """x <- x exp(delta sigma^2 x s - delta (mu - 1.5 sigma^2) + sqrt(delta) sigma Z) at each time, from the last down."""
-    anneal = 1.0
+    """x <- x exp(delta sigma^2 x s - delta (mu - 1.5 sigma^2) + sqrt(delta) sigma Z) at each of the times."""
     for t in times:
         for _ in range(inner_steps):
             z = torch.randn(x.shape, generator=generator, dtype=x.dtype)
@@ -39,9 +39,9 @@ def ambient(
     generator: torch.Generator,
     inner_steps: int = 1,
     factor: float = 1.0,
+    anneal: float = 1.0,
 ) -> Tensor:
     """x <- x (1 + 2 delta sigma^2 - delta mu + delta sigma^2 x s + sqrt(delta) sigma Z)."""
-    anneal = 1.0
     for t in times:
         for _ in range(inner_steps):
             z = torch.randn(x.shape, generator=generator, dtype=x.dtype)

@@ -1,4 +1,4 @@
-"""A mixture of log-normal distributions, blurred by geometric Brownian motion: everything in closed form, in float64."""
+"""A mixture of log-normal distributions, blurred by geometric Brownian motion: all in closed form, in float64."""
 
 import math
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LognormalMixture:
-    """Weights (k,), means and standard deviations of log x0 (k, d); within a component the coordinates are independent."""
+    """Weights (k,), means and standard deviations of log x0 (k, d); the coordinates of a component are independent."""
 
     weights: Tensor
     means: Tensor
     stds: Tensor
 
     def log_density(self, y: Tensor, shift: float, rho: float) -> Tensor:
-        """Log density of y = log x_t, (n, d) to (n,): each component gains the variance rho^2 and moves by the shift."""
+        """Log density of y = log x_t, (n, d) to (n,): a component gains the variance rho^2 and moves by the shift."""
         return self._joint(y, shift, rho).logsumexp(-1)
 
     def epsilon(self, y: Tensor, shift: float, rho: float) -> Tensor:
@@ -35,6 +35,15 @@ class LognormalMixture:
         k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         noise = torch.randn(n, self.means.shape[1], generator=generator, dtype=self.means.dtype)
         return self.means[k] + self.stds[k] * noise
+
+    def spread_out(self, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """Log x0 and standard normal noise, (n, d) each, at low-discrepancy points: their means converge quicker."""
+        d = self.means.shape[1]
+        engine = torch.quasirandom.SobolEngine(1 + 2 * d, scramble=True, seed=seed)
+        u = engine.draw(n, dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
+        k = torch.searchsorted(self.weights.cumsum(0)[:-1], u[:, 0].contiguous())
+        z = math.sqrt(2) * torch.erfinv(2 * u[:, 1:] - 1)
+        return self.means[k] + self.stds[k] * z[:, :d], z[:, d:]
 
     def log_quantiles(self, n: int) -> Tensor:
         """The quantiles of log x0 at (i + 1/2) / n, in one dimension, by bisection."""
