@@ -119,7 +119,7 @@ class DEISScheduler(SchedulePlace):
         sigma_min: float | None = None,
         sigma_max: float | None = None,
         deis_type: str = "ipndm",
-        solver_order: int = 4,
+        solver_order: int = 3,
         warmup: Warmup = "low_order",
         lower_order_final: bool = True,
         final_sigmas_type: Literal["zero", "sigma_min"] = "zero",
