@@ -75,7 +75,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows = []
-    print(f"{'microseconds a step':24}{'sample':>16}{'ours':>9}{'theirs':>9}{'noise':>8}{'ratio':>8}{'  10% - 90%':>15}")
+    print(
+        f"{'microseconds a step':24}{'sample':>16}{'ours':>9}{'theirs':>9}{'noise':>8}{'ratio':>8}{'  10% - 90%':>15}"
+    )
     for shape in SHAPES:
         noise = noise_time(shape, options.device, options.rounds)
         for name, (ours, theirs, kind) in PAIRS.items():

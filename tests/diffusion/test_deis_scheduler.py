@@ -24,9 +24,7 @@ from lightning_opt.diffusion.deis import ALGORITHMS
 from tests.reference.deis import GaussianMixture
 
 # numpy's, of tensors in diffusers
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:__array_:DeprecationWarning"
-)
+pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 
 F64 = torch.float64
 TOY = GaussianMixture()
