@@ -1,0 +1,17 @@
+"""A sampler's step on log states."""
+
+from collections.abc import Callable
+from typing import Any
+
+
+def log_step(*, noise: bool) -> Callable[..., Any]:
+    """One element of :func:`lightning_opt.diffusion.log_step`."""
+
+    def step(v, c):
+        denoised = c.skip * v.y + c.gain * v.output + c.constant
+        state = v.y + c.pull * (denoised - v.y) + c.shift
+        if noise:
+            state = state + c.scale * v.noise
+        return state, denoised
+
+    return step

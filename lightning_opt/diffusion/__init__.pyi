@@ -1,0 +1,9 @@
+from .forward_noising import Noised as Noised
+from .forward_noising import forward_noising as forward_noising
+from .log_step import LogStep as LogStep
+from .log_step import log_step as log_step
+from .multiplicative_update import multiplicative_update as multiplicative_update
+from .philox import NoiseKey as NoiseKey
+from .philox import draw_noise_key as draw_noise_key
+from .philox import philox4x32 as philox4x32
+from .philox import philox_normal as philox_normal
