@@ -1,4 +1,7 @@
-"""Diffusion models: SDEs, losses, diffusers schedulers and pipelines, and the LightningModules that train them."""
+"""Multiplicative diffusion: geometric Brownian motion on positive data, its scores, losses and diffusers schedulers.
+
+The mathematics needs torch alone; the schedulers need the extra ``diffusion``.
+"""
 
 import lazy_loader
 

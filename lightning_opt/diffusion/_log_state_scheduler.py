@@ -1,0 +1,276 @@
+import importlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from lightning_opt._checks import check_interval
+
+from .data_map import DataMap
+from .parametrization import Parametrization, wide
+from .process import GeometricBrownianMotion, per_sample
+from .time_grid import noise_levels
+
+Generator = torch.Generator | list[torch.Generator] | None
+
+
+class LogStateScheduler(SchedulerMixin, ConfigMixin):
+    """What the schedulers of the multiplicative model share: the log state, the timesteps, and the place in a schedule.
+
+    A timestep is the number that the network is conditioned on: ``125 log(rho) + 600`` for a noise level rho, which is
+    from 24 to 773 for rho from 0.01 to 4, or ``num_train_timesteps * t / t_end`` for ``prediction_type="stein"``, the
+    paper's. Timesteps are floats, and a schedule is followed by position: they may repeat.
+
+    A subclass calls :meth:`_configure` in its constructor, :meth:`_begin` in ``set_timesteps``, and :meth:`_place` and
+    :meth:`_advance` at the ends of ``step``.
+    """
+
+    _compatibles = ["GBMScheduler", "GBMDEISScheduler"]
+
+    process: GeometricBrownianMotion
+    parametrization: Parametrization
+    data_map: DataMap
+    timesteps: Tensor
+    sigmas: Tensor
+    num_inference_steps: int | None
+
+    def _configure(self) -> None:
+        """Build the mathematics from the registered config, and check it."""
+        c = self.config
+        self._num_train_timesteps = whole("num_train_timesteps", c.num_train_timesteps)
+        self.process = GeometricBrownianMotion(c.sigma, c.mu, c.sigma_schedule, c.rho_min, c.rho_max)
+        self.parametrization = Parametrization(c.prediction_type, c.log_mean, c.log_std)
+        self.data_map = DataMap(c.to_positive, c.shift, c.exp_scale, c.clip_sample)
+        noise_levels(self.process, 1, c.timestep_spacing, c.spacing_order)
+        self.num_inference_steps = None
+        self.timesteps, self.sigmas = torch.empty(0), torch.empty(0)
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
+
+    @classmethod
+    def _get_compatibles(cls) -> list[type]:
+        rooms = importlib.import_module("lightning_opt.diffusion")
+        return [getattr(rooms, name) for name in {cls.__name__, *cls._compatibles} if hasattr(rooms, name)]
+
+    def __len__(self) -> int:
+        return self._num_train_timesteps
+
+    # --- data ---
+
+    def to_log(self, images: Tensor) -> Tensor:
+        """The log state of clean images.
+
+        Raises:
+            ValueError: If an image is outside the range of the data map.
+        """
+        return self.data_map.to_log(images)
+
+    def to_images(self, log_state: Tensor) -> Tensor:
+        """Images of log states, clamped to their range if ``clip_sample``."""
+        return self.data_map.to_images(log_state)
+
+    # --- timesteps and noise levels ---
+
+    def timestep_at(self, rho: Any) -> Any:
+        """The timestep of a noise level, a float or a tensor."""
+        if self.parametrization.prediction_type == "stein":
+            return self.process.time(rho) * (self._num_train_timesteps / self.process.t_end)
+        return 125.0 * (rho.log() if isinstance(rho, Tensor) else math.log(rho)) + 600.0
+
+    def rho_at(self, timesteps: Any) -> Any:
+        """The noise level of a timestep, a float or a tensor."""
+        if self.parametrization.prediction_type == "stein":
+            return self.process.rho(timesteps * (self.process.t_end / self._num_train_timesteps))
+        exponent = (timesteps - 600.0) / 125.0
+        return exponent.exp() if isinstance(exponent, Tensor) else math.exp(exponent)
+
+    def _level(self, timestep: float | Tensor, like: Tensor) -> tuple[Any, Any]:
+        """Mean shift and noise level at timesteps, in the dtype to compute in, broadcasting over a batch."""
+        if isinstance(timestep, Tensor):
+            timestep = per_sample(timestep.to(like.device, wide(like.dtype)), like)
+        rho = self.rho_at(timestep)
+        return self.process.mean_shift(self.process.time(rho)), rho
+
+    # --- forward ---
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """Standard deviation of the prior; :meth:`sample_prior` also has its mean."""
+        return max(std for _, std in self._prior())
+
+    def _prior(self) -> list[tuple[float, float]]:
+        """Mean and standard deviation of the log state at the last time, of each channel or of all."""
+        p = self.parametrization
+        means, stds = (list(m) if isinstance(m, Sequence) else [m] for m in (p.log_mean, p.log_std))
+        count = max(len(means), len(stds))
+        shift, rho = self.process.mean_shift(self.process.t_end), self.process.largest_rho
+        return [
+            (mean + shift, math.hypot(std, rho))
+            for mean, std in zip(means * (count // len(means)), stds * (count // len(stds)), strict=True)
+        ]
+
+    def sample_prior(
+        self,
+        shape: Sequence[int],
+        generator: Generator = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Log states at the last time: normal, with the moments of the data's logarithms after all the noise.
+
+        Args:
+            shape: Batch, channels, and so on.
+            generator: A generator, or one for each sample; None is torch's own, as in diffusers.
+            device: Where to.
+            dtype: torch's default dtype if None.
+        """
+        device = torch.device(device or "cpu")
+        noise = randn_tensor(tuple(shape), generator=generator, device=device, dtype=dtype)
+        mean, std = (torch.tensor(m, device=device, dtype=noise.dtype) for m in zip(*self._prior(), strict=True))
+        if len(mean) > 1:
+            if len(shape) < 2 or shape[1] != len(mean):
+                raise ValueError(f"the moments have {len(mean)} channels, but the shape is {tuple(shape)}")
+            mean, std = (m.view(-1, *(1,) * (len(shape) - 2)) for m in (mean, std))
+        return mean + std * noise
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor | float) -> Tensor:
+        """Log states at timesteps, ``log_x0 + m + rho * noise``.
+
+        Args:
+            original_samples: log x0, from :meth:`to_log`.
+            noise: Standard normal, of the same shape.
+            timesteps: One for all, or one for each sample.
+        """
+        mean_shift, rho = self._level(timesteps, original_samples)
+        dtype = wide(original_samples.dtype)
+        noised = original_samples.to(dtype) + mean_shift + rho * noise.to(original_samples.device, dtype)
+        return noised.to(original_samples.dtype)
+
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
+        """What the network reads at a timestep; see :class:`Parametrization`.
+
+        Args:
+            sample: Log states.
+            timestep: One for all, or one for each sample; None is the timestep that is due.
+        """
+        if timestep is None or self._is_due(timestep):
+            return self.parametrization.network_input(sample, *self._levels[self._due_index()])
+        return self.parametrization.network_input(sample, *self._level(timestep, sample))
+
+    # --- the place in a schedule ---
+
+    @property
+    def step_index(self) -> int | None:
+        """Position of the step that is due; None before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Position to begin at, set by :meth:`set_begin_index`."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Begin in the middle of the schedule, for instance with a noised image.
+
+        Args:
+            begin_index: Position in ``timesteps``.
+
+        Raises:
+            ValueError: If there is no such position.
+        """
+        if self.num_inference_steps is not None and not 0 <= begin_index < len(self._timestep_list):
+            raise ValueError(f"begin_index must be in [0, {len(self._timestep_list) - 1}], got {begin_index}")
+        self._begin_index = begin_index
+
+    def _begin(self, rhos: Sequence[float], device: torch.device | str | None) -> None:
+        """Take a schedule: the noise levels of all network calls."""
+        times = [self.process.time(rho) for rho in rhos]
+        self._levels = [(self.process.mean_shift(t), rho) for t, rho in zip(times, rhos, strict=True)]
+        timesteps = torch.tensor([self.timestep_at(rho) for rho in rhos], dtype=torch.float32)
+        self._timestep_list: list[float] = timesteps.tolist()
+        self.timesteps = timesteps.to(device)
+        self._first_address = self.timesteps.data_ptr()
+        self.num_inference_steps = len(rhos)
+        self._step_index = self._begin_index = None
+        self._totals: list[Tensor] = []
+
+    def _due_index(self) -> int:
+        return self._step_index if self._step_index is not None else self._begin_index or 0
+
+    def _is_due(self, timestep: float | Tensor) -> bool:
+        """Whether a timestep is the one at the current position.
+
+        An entry of ``timesteps`` is known by its address, so that a GPU is not waited for.
+        """
+        index = self._due_index()
+        if self.num_inference_steps is None or index >= len(self._timestep_list):
+            return False
+        if isinstance(timestep, Tensor):
+            if timestep.numel() != 1:
+                return False
+            if timestep.data_ptr() == self._first_address + 4 * index:
+                return True
+        return abs(float(timestep) - self._timestep_list[index]) <= 1e-5 + 1e-6 * abs(self._timestep_list[index])
+
+    def _place(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor) -> int:
+        """The position of the step, after checking the arguments of ``step``."""
+        if self.num_inference_steps is None:
+            raise ValueError("call set_timesteps before step")
+        index = self._due_index()
+        if isinstance(timestep, Tensor) and timestep.numel() != 1:
+            raise ValueError(f"a step has one timestep, got a tensor of shape {tuple(timestep.shape)}")
+        if not self._is_due(timestep):
+            raise ValueError(self._why_not_due(float(timestep), index))
+        if model_output.shape != sample.shape:
+            raise ValueError(
+                f"the network's output must have the shape of the sample, {tuple(sample.shape)}, "
+                f"got {tuple(model_output.shape)}"
+            )
+        return index
+
+    def _why_not_due(self, timestep: float, index: int) -> str:
+        count = len(self._timestep_list)
+        if index >= count:
+            return f"all {count} steps of the schedule are done; call set_timesteps to begin anew"
+        due = f"step {index} of {count} has the timestep {self._timestep_list[index]}, got {timestep}"
+        near = min(range(count), key=lambda i: abs(self._timestep_list[i] - timestep))
+        if abs(self._timestep_list[near] - timestep) <= 1e-3:
+            return f"{due}, which is step {near}: set_begin_index({near}) begins there"
+        return f"{due}, which is not in the schedule; pass the entries of scheduler.timesteps in their order"
+
+    def _advance(self, index: int, prev_sample: Tensor, model_output: Tensor, sample: Tensor) -> None:
+        """Go to the next position, unless the sample is not finite.
+
+        On a GPU the check is read once, behind the last step: reading it would make every step wait for the device.
+        """
+        self._step_index = index + 1
+        self._totals.append(prev_sample.sum(dtype=wide(prev_sample.dtype)))
+        if prev_sample.device.type != "cpu" and self._step_index < len(self._timestep_list):
+            return
+        for i, total in enumerate(torch.stack(self._totals).tolist(), self._step_index - len(self._totals)):
+            if not math.isfinite(total):
+                raise ValueError(self._why_not_finite(i, prev_sample, model_output, sample))
+        self._totals.clear()
+
+    def _why_not_finite(self, index: int, prev_sample: Tensor, model_output: Tensor, sample: Tensor) -> str:
+        bad = {
+            name: int((~torch.isfinite(x)).sum())
+            for name, x in (("sample", sample), ("network's output", model_output), ("next sample", prev_sample))
+        }
+        found = ", ".join(f"{count} of the {name}" for name, count in bad.items() if count)
+        return (
+            f"the sample is not finite at step {index} of {len(self._timestep_list)} "
+            f"(timestep {self._timestep_list[index]:.6g}): {found or 'none'} of {sample.numel()} entries are not"
+        )
+
+
+def whole(name: str, value: Any) -> int:
+    """Return a positive whole number."""
+    check_interval(name, value, 1)
+    if value != int(value):
+        raise ValueError(f"{name} must be a whole number, got {value}")
+    return int(value)
