@@ -49,8 +49,8 @@ def launch_map(
         RuntimeError: If they are on the CPU without the interpreter.
 
     Cost:
-        Does not wait for the device if vectors are on it. The first call for a function, its flags and dtypes compiles
-        for about a second.
+        Does not wait for the device if vectors are on it. 16 bytes are moved at a time where the number of elements is
+        a multiple of 16. The first call for a function, its flags and dtypes compiles for about a second.
     """
     tensors = [*inputs.values(), *outputs]
     device = outputs[0].device
@@ -86,6 +86,7 @@ def launch_map(
             FLAGS=tuple(flags.values()),
             INPUTS=len(inputs),
             VECTORS=tuple(places.get(n, -1) for n in coefficients),
+            LONG=size // rows >= _BLOCK,
             NOISE=key is not None,
             BLOCK=_BLOCK,
             num_warps=_WARPS,
@@ -113,6 +114,7 @@ def noise_map(
     FLAGS: tl.constexpr,
     INPUTS: tl.constexpr,
     VECTORS: tl.constexpr,  # for each coefficient its number in vectors, or -1
+    LONG: tl.constexpr,  # whether a block meets two rows at most
     NOISE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -128,12 +130,20 @@ def noise_map(
         counter = offset + (program * (BLOCK // 4) + tl.arange(0, BLOCK // 4)).to(tl.uint64)
         z0, z1, z2, z3 = normals(counter, seed_low.to(tl.uint32), seed_high.to(tl.uint32))
         values = values + (tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3)),)
+    row = program * BLOCK // length
+    behind = (program * BLOCK - row * length).to(tl.int32) + tl.arange(0, BLOCK)  # the row's first element
     coefficients = ()
     for k in tl.static_range(len(VECTORS)):
         if VECTORS[k] < 0:
             coefficients = coefficients + (scalars[k],)
         else:
-            coefficient = tl.load(vectors + VECTORS[k] * rows + places // length, mask=inside)
+            place = vectors + VECTORS[k] * rows + row
+            if LONG:
+                here = tl.load(place)
+                there = tl.load(place + 1, mask=row + 1 < rows, other=0.0)
+                coefficient = tl.where(behind < length, here, there)
+            else:
+                coefficient = tl.load(place + behind // length, mask=inside)
             coefficients = coefficients + (coefficient,)
     outputs = UPDATE(values, coefficients, FLAGS)
     for i in tl.static_range(len(tensors) - INPUTS):

@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def forward_noising(inputs, coefficients, FLAGS: tl.constexpr):
-    """The two outputs of one block; see :func:`lightning_opt.diffusion.forward_noising`."""
+    """The two outputs of one block; see :func:`lightning_opt.diffusion.noise_with_target`."""
     mean_shift, rho, log_mean, log_std = coefficients
     state: tl.constexpr = FLAGS[0]
     target: tl.constexpr = FLAGS[1]
@@ -16,17 +16,17 @@ def forward_noising(inputs, coefficients, FLAGS: tl.constexpr):
         y0 = tl.log(y0)
     noise = inputs[1]
     z0 = y0 - log_mean
-    total = tl.sqrt_rn(rho * rho + log_std * log_std)
+    c_in = tl.rsqrt(rho * rho + log_std * log_std)
     if state == "scaled":
-        first = tl.div_rn(z0 + rho * noise, total)
+        first = c_in * (z0 + rho * noise)
     else:
         first = y0 + mean_shift + rho * noise
         if state == "positive":
             first = tl.exp(first)
     if target == "edm":
-        second = tl.div_rn(tl.div_rn(rho, log_std) * z0 - log_std * noise, total)
+        second = c_in * (rho / log_std * z0 - log_std * noise)
     elif target == "hyvarinen":
-        second = -1.0 - tl.div_rn(noise, rho)
+        second = -1.0 - noise / rho
     else:
         tl.static_assert(target == "epsilon")
         second = noise

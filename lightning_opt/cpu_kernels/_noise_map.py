@@ -130,7 +130,7 @@ def _compiled(
     load, store = loader(dtypes, element, read), storer(dtypes, types.float32, written)
     slots_of = row_reader(types.UniTuple(types.int64, len(inputs) + len(outputs)))
     coefficients_of = row_reader(line)
-    block_size = _BLOCK
+    block_size, draw = _BLOCK, normals()
 
     def kernel(addresses, table, per_row, length, seed, offset, scratch, begin, end):
         # Elements from begin, a multiple of the block, to end.
@@ -139,7 +139,7 @@ def _compiled(
         for block in range(begin, end, block_size):
             last = min(block + block_size, end)
             if philox:
-                normals(scratch, numba.uint64(offset) + numba.uint64(block // 4), (last - block + 3) // 4, key0, key1)
+                draw(scratch, numba.uint64(offset) + numba.uint64(block // 4), (last - block + 3) // 4, key0, key1)
                 slots = tensors + (scratch - 4 * block,)
             else:
                 slots = tensors

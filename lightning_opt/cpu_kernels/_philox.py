@@ -1,8 +1,11 @@
 """Counter-based normal noise, the numbers of ``lightning_opt.diffusion.philox_normal``, computed where it is needed."""
 
 import math
+from functools import cache
 
+import numba
 import numpy as np
+from numba import types
 from numba.extending import register_jitable
 
 from ._memory import put
@@ -15,19 +18,27 @@ _WEYL0, _WEYL1 = np.uint32(0x9E3779B9), np.uint32(0xBB67AE85)
 _LOW, _WORD = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 
-@register_jitable
-def normals(place, first, groups, key0, key1):
-    """Write the four normal numbers of each of some counters, beginning with ``first``, as float32 at an address."""
-    for g in range(groups):
-        counter = np.uint64(first) + np.uint64(g)
-        low, high = np.uint32(counter & _LOW), np.uint32(counter >> _WORD)
-        a, b, c, d = philox(low, high, np.uint32(0), np.uint32(0), key0, key1)
-        z0, z1 = box_muller(a, b)
-        z2, z3 = box_muller(c, d)
-        put(place, 4 * g, z0)
-        put(place, 4 * g + 1, z1)
-        put(place, 4 * g + 2, z2)
-        put(place, 4 * g + 3, z3)
+@cache
+def normals():
+    """The function ``(place, first, groups, key0, key1)`` that writes normal numbers, compiled once for all kernels.
+
+    It writes the four numbers of each of some counters, beginning with ``first``, as float32 at an address.
+    """
+
+    def write(place, first, groups, key0, key1):
+        for g in range(groups):
+            counter = first + np.uint64(g)
+            low, high = np.uint32(counter & _LOW), np.uint32(counter >> _WORD)
+            a, b, c, d = philox(low, high, np.uint32(0), np.uint32(0), key0, key1)
+            z0, z1 = box_muller(a, b)
+            z2, z3 = box_muller(c, d)
+            put(place, 4 * g, z0)
+            put(place, 4 * g + 1, z1)
+            put(place, 4 * g + 2, z2)
+            put(place, 4 * g + 3, z3)
+
+    signature = types.void(types.int64, types.uint64, types.int64, types.uint32, types.uint32)
+    return numba.njit(signature, error_model="numpy", no_cfunc_wrapper=True, no_cpython_wrapper=True)(write)
 
 
 @_INLINED

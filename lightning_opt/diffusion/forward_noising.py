@@ -14,13 +14,13 @@ Target = Literal["edm", "epsilon", "hyvarinen"]
 
 
 class Noised(NamedTuple):
-    """What :func:`forward_noising` returns: the noised state, and the regression target."""
+    """What :func:`noise_with_target` returns: the noised state, and the regression target."""
 
     state: Tensor
     target: Tensor
 
 
-def forward_noising(
+def noise_with_target(
     clean: Tensor,
     noise: Noise,
     *,
@@ -81,7 +81,7 @@ def forward_noising(
 
     Example:
         >>> noise = torch.tensor([[1.0, -1.0]])
-        >>> forward_noising(torch.zeros(1, 2), noise, rho=0.5, state="log", target="hyvarinen")
+        >>> noise_with_target(torch.zeros(1, 2), noise, rho=0.5, state="log", target="hyvarinen")
         Noised(state=tensor([[ 0.5000, -0.5000]]), target=tensor([[-3.,  1.]]))
     """
     check_choice("state", state, ["scaled", "log", "positive"])
@@ -92,7 +92,7 @@ def forward_noising(
     if source is None:
         raise ValueError("noise must be a tensor, a generator or a key, got None")
     involved = [clean, source, *numbers.values()]
-    kernels = kernels_for("forward_noising", fused, [t for t in involved if isinstance(t, Tensor)])
+    kernels = kernels_for("noise_with_target", fused, [t for t in involved if isinstance(t, Tensor)])
     if kernels is not None:
         results = [torch.empty_like(clean, memory_format=torch.contiguous_format) for _ in range(2)]
         flags = {"state": state, "target": target, "log_input": log_input}
