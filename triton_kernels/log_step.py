@@ -10,7 +10,7 @@ def log_step(inputs, coefficients, FLAGS: tl.constexpr):
     skip, gain, constant, pull, shift, scale = coefficients
     y = inputs[0]
     denoised = skip * y + gain * inputs[1] + constant
-    state = y + pull * (denoised - y) + shift
+    state = (1.0 - pull) * y + pull * denoised + shift
     if FLAGS[0]:
         state = state + scale * inputs[2]
     return state, denoised

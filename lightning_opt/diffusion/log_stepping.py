@@ -31,7 +31,7 @@ def log_step(
     """The step of every first-order sampler on logarithms, from the network's output.
 
     With ``denoised = skip * log_x + gain * output + constant``, which is what a network's output stands for in every
-    parametrisation that is affine, the next state is ``log_x + pull * (denoised - log_x) + shift + scale * noise``.
+    parametrisation that is affine, the next state is ``(1 - pull) * log_x + pull * denoised + shift + scale * noise``.
 
     Args:
         log_x: The log state, of shape (N, ...), float32, bfloat16, float16 or float64.
@@ -74,7 +74,7 @@ def log_step(
         return LogStep(*results)
     y, n = log_x.to(wide(log_x.dtype)), numbers
     denoised = n["skip"] * y + n["gain"] * output.to(y.dtype) + n["constant"]
-    state = y + n["pull"] * (denoised - y) + n["shift"]
+    state = (1 - n["pull"]) * y + n["pull"] * denoised + n["shift"]
     if source is not None:
         state = state + n["scale"] * as_noise(source, y)
     return LogStep(state.to(log_x.dtype), denoised.to(log_x.dtype))
