@@ -90,7 +90,7 @@ class GBMDEISScheduler(LogStateScheduler):
         rho_min: float = 0.01,
         rho_max: float | None = None,
         algorithm_type: str = "ipndm",
-        solver_order: int = 3,
+        solver_order: int = 4,
         warmup: Warmup = "low_order",
         lower_order_final: bool = True,
         prediction_type: PredictionType = "edm",

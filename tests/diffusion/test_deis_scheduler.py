@@ -1,6 +1,8 @@
 """DEIS for VP, VE and flow-matching models: parity with diffusers where it has the method, and known problems."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -250,6 +252,33 @@ def test_saved_and_loaded(tmp_path):
             scheduler.set_timesteps(8)
         torch.testing.assert_close(loaded.timesteps, ours.timesteps, rtol=0, atol=0)
         torch.testing.assert_close(loaded.sigmas, ours.sigmas, rtol=0, atol=0)
+
+
+def test_the_saved_config_of_another_scheduler(tmp_path):
+    """A file has every key, also those that were never set."""
+    for theirs, model in (
+        (EulerDiscreteScheduler(beta_schedule="scaled_linear"), VariancePreserving),
+        (DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", solver_order=3), VariancePreserving),
+        (FlowMatchEulerDiscreteScheduler(shift=3.0), FlowMatching),
+        (ScoreSdeVeScheduler(), VarianceExploding),
+    ):
+        theirs.save_pretrained(tmp_path)
+        ours = DEISScheduler.from_pretrained(tmp_path)
+        assert type(ours.noise) is model
+        ours.set_timesteps(5)
+    assert ours.init_noise_sigma == 1348
+
+
+def test_a_copy_goes_on_by_itself():
+    scheduler = DEISScheduler(deis_type="rho_ab", use_karras_sigmas=True)
+    scheduler.set_timesteps(6)
+    x = torch.randn(10, dtype=F64)
+    for t, rho in list(zip(scheduler.timesteps, levels(scheduler), strict=True))[:3]:
+        x = scheduler.step(output(scheduler, x, rho), t, x).prev_sample
+    twins = [scheduler, copy.deepcopy(scheduler), pickle.loads(pickle.dumps(scheduler))]
+    results = [sample(twin, x, begin=3) for twin in twins]
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
 def test_in_a_pipeline():
