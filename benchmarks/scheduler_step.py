@@ -27,6 +27,7 @@ MODEL = {"rho_max": 4.0, "log_mean": 0.1, "log_std": 0.25}
 Make = Callable[[], Any]
 PAIRS: dict[str, tuple[Make, Make, str]] = {
     "dale / DDPM": (lambda: GBMScheduler(sampler="dale", **MODEL), DDPMScheduler, "stochastic"),
+    "dale, fused / DDPM": (lambda: GBMScheduler(sampler="dale", fused=True, **MODEL), DDPMScheduler, "stochastic"),
     "exp_euler / DDPM": (lambda: GBMScheduler(sampler="exp_euler", **MODEL), DDPMScheduler, "stochastic"),
     "ambient / DDPM": (lambda: GBMScheduler(sampler="ambient", **MODEL), DDPMScheduler, "stochastic"),
     "ode / DEIS": (lambda: GBMScheduler(sampler="ode", **MODEL), DEISMultistepScheduler, "deterministic"),
