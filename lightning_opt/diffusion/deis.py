@@ -86,7 +86,7 @@ class NetworkCall(NamedTuple):
     stage: int
 
 
-@register("tool", summary="Coefficients of exponential integrators for diffusion ODEs", paper="2204.13902", card="deis")
+@register("tool", summary="Coefficients of exponential integrators for diffusion ODEs", paper="2204.13902")
 def deis_coefficients(
     rho: Tensor, order: int | Sequence[int], basis: Basis = "rho", *, time: TimeMap | None = None
 ) -> Tensor:

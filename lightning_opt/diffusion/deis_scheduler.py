@@ -119,7 +119,7 @@ class DEISScheduler(SchedulePlace):
         sigma_min: float | None = None,
         sigma_max: float | None = None,
         deis_type: str = "ipndm",
-        solver_order: int = 4,
+        solver_order: int = 3,
         warmup: Warmup = "low_order",
         lower_order_final: bool = True,
         final_sigmas_type: Literal["zero", "sigma_min"] = "zero",
@@ -308,7 +308,9 @@ class DEISScheduler(SchedulePlace):
             self._first, self._integrator = index, self._plan.begin(index)
         x, output = sample.to(wide(sample.dtype)), model_output.to(wide(sample.dtype))
         state, scale = self._affine[index]
-        epsilon = output if scale == 1 and not state else torch.add(output * scale, x, alpha=state)
+        epsilon = torch.mul(output, scale)  # a copy in any case: a compiled network may write its next output over this
+        if state:
+            epsilon.add_(x, alpha=state)
         prev_sample = self._integrator.update(index - self._first, x, epsilon).to(sample.dtype)
         self._advance(index, prev_sample, model_output, sample)
         return SchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
