@@ -103,8 +103,8 @@ class GBMScheduler(LogStateScheduler):
         mu: Drift; None is ``sigma**2 / 2``.
         sigma_schedule: ``"constant"`` or ``"geometric"``, see :class:`GeometricBrownianMotion`.
         rho_min: Smallest noise level at which the network is called.
-        rho_max: Largest noise level; None is ``sigma``. At 0.8, the paper's, noised images still differ from the prior
-            (14 nats for a digit of MNIST); 4 and above forget them.
+        rho_max: Largest noise level; None is ``sigma``. At 0.8, the paper's, noised images still differ from the prior;
+            at 4 and above they are forgotten.
         sampler: One of the above.
         prediction_type: What the network predicts, see :class:`Parametrization`.
         log_mean: Mean of log x0, from :func:`log_moments`, or a list with one for each channel.
@@ -114,7 +114,8 @@ class GBMScheduler(LogStateScheduler):
         exp_scale: Of the map ``"exp"``.
         clip_sample: Whether :meth:`to_images` clamps to [0, 1].
         timestep_spacing: ``"t"``, ``"rho"`` or ``"log"``, see :func:`noise_levels`.
-        spacing_order: Its order; the default, ``"t"`` and 2, is the quadratic grid, best of those that were measured.
+        spacing_order: Its order; the default, ``"t"`` and 2, is the quadratic grid, better than the uniform one, of
+            order 1, where steps are few.
         denoise_final: Whether the last step gives the denoised logarithm; otherwise it is a step of the sampler to time
             0, like any other.
         step_scale: Factor of every time step, with the network called at the same times.
