@@ -417,8 +417,8 @@ def test_noise_levels_of_ones_own():
         scheduler.set_timesteps(sigmas=sigmas)
         assert scheduler.sigmas.tolist() == pytest.approx([0.8, 0.3, 0.1, 0.0])
         assert scheduler.num_inference_steps == 3
-    for wrong in ([0.3, 0.8], [0.8, 0.8], [0.8, -0.1], [0.0]):
-        with pytest.raises(ValueError, match="sigmas must be positive and decrease"):
+    for wrong in ([0.3, 0.8], [0.8, 0.8], [0.8, -0.1], [0.0], [], [math.inf, 0.8], [math.nan, 0.8]):
+        with pytest.raises(ValueError, match="sigmas must be positive, finite and decrease"):
             scheduler.set_timesteps(sigmas=wrong)
     for kwargs in ({}, {"num_inference_steps": 3, "sigmas": [0.8]}):
         with pytest.raises(ValueError, match="give num_inference_steps or sigmas"):
