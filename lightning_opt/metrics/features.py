@@ -106,7 +106,8 @@ class _Inception(nn.Module):
         except OSError as error:
             raise RuntimeError(
                 f"features='inception': the weights of Inception v3 could not be fetched ({error}); run once with a"
-                " network, or set features='grey28' for gray images of 28x28, 'digits8' for 8x8"
+                f" network, or put weights-inception-2015-12-05-6726825d.pth into {torch.hub.get_dir()}/checkpoints, or"
+                " set features='grey28' for gray images of 28x28, 'digits8' for 8x8"
             ) from error
 
     def forward(self, images: Tensor) -> Tensor:

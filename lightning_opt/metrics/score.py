@@ -108,7 +108,8 @@ def score_samples(
 
     Args:
         samples: ``[N, C, H, W]``, floating point in [0, 1].
-        held_out: ``[N, C, H, W]``, images that neither the model nor the feature net was trained on.
+        held_out: ``[N, C, H, W]``, images that neither the model nor the feature net was trained on. Choose them at
+            random where there are more: the files of digits and of MNIST lie in the order of their writers.
         real: ``[M, C, H, W]``, all training images, M >= N. The nearest neighbors are sought among all of them; N of
             them, chosen by ``seed``, are scored in the place of samples.
         features: As for :func:`load_features`, or ``"auto"`` for the shipped net of the images' size.

@@ -136,7 +136,6 @@ def _fidelity(monkeypatch):
 
 
 @pytest.mark.usefixtures("_fidelity")
-@pytest.mark.filterwarnings("ignore:.*covariance is singular")
 def test_inception_takes_gray_images_of_any_size_as_bytes_of_three_channels(monkeypatch):
     monkeypatch.setattr("torchmetrics.image.fid.NoTrainInceptionV3", StandIn)
     gray = torch.linspace(0, 1, 64).reshape(1, 1, 8, 8)
@@ -145,7 +144,6 @@ def test_inception_takes_gray_images_of_any_size_as_bytes_of_three_channels(monk
     expected = (gray * 255).floor().flatten()
     assert torch.equal(features[0, :64].float(), expected)
     assert torch.equal(features[0, 64:128].float(), expected)
-    assert frechet_distance(images(8), images(8).flip(0), "inception") < 1e-12 * 2048 * 255**2
     with pytest.raises(ValueError, match="images must have 1 or 3 channels for features='inception', got 2"):
         extract_features(torch.rand(1, 2, 8, 8), "inception")
 
@@ -156,5 +154,7 @@ def test_inception_whose_weights_cannot_be_fetched(monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr("torchmetrics.image.fid.NoTrainInceptionV3", unreachable)
-    with pytest.raises(RuntimeError, match=r"could not be fetched \(no route to host\)"):
+    with pytest.raises(
+        RuntimeError, match=r"could not be fetched \(no route to host\); .*weights-inception.* into .*checkpoints"
+    ):
         load_features("inception")
