@@ -1,8 +1,15 @@
+from .checkpoint import load_diffusion as load_diffusion
 from .data_map import DataMap as DataMap
 from .data_map import check_positive as check_positive
 from .data_map import log_moments as log_moments
+from .diffusion_module import DiffusionModule as DiffusionModule
+from .gaussian_diffusion import GaussianDiffusion as GaussianDiffusion
+from .gbm_diffusion import GBMDiffusion as GBMDiffusion
+from .gbm_pipeline import GBMPipeline as GBMPipeline
 from .gbm_scheduler import GBMScheduler as GBMScheduler
 from .gbm_scheduler import GBMSchedulerOutput as GBMSchedulerOutput
+from .image_grid import image_grid as image_grid
+from .image_grid import save_picture as save_picture
 from .losses import denoising_score_matching as denoising_score_matching
 from .losses import explicit_score_matching as explicit_score_matching
 from .losses import implicit_score_matching as implicit_score_matching
@@ -17,4 +24,7 @@ from .reverse import log_probability_flow as log_probability_flow
 from .reverse import log_reverse_drift as log_reverse_drift
 from .reverse import reverse_drift as reverse_drift
 from .reverse import reverse_step as reverse_step
+from .sampling import SamplingError as SamplingError
+from .sampling import sample as sample
+from .sampling import sampling_scheduler as sampling_scheduler
 from .time_grid import noise_levels as noise_levels
