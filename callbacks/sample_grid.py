@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -21,6 +20,7 @@ from ._arguments import described_by_arguments
 from ._image_loggers import log_picture
 from ._report_panel import Panel
 from ._run_directory import run_directory
+from ._side_bar import side_bar
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,8 +40,9 @@ class SampleGrid(pl.Callback):
     weights, the images are drawn with those.
 
     The module draws by its method ``sample(num, generator=..., progress=...)``, which returns images
-    ``[num, C, H, W]`` from 0 to 1; :class:`lightning_opt.diffusion.GBMDiffusion` and ``GaussianDiffusion`` have it and
-    take the options below, and any other generative module may.
+    ``[num, C, H, W]`` from 0 to 1 and wraps its steps with ``progress`` as with ``tqdm``.
+    :class:`lightning_opt.diffusion.GBMDiffusion` and ``GaussianDiffusion`` have it and take the options below, and any
+    other generative module may.
 
     It only watches: training is bit for bit the same with it and without. Rank zero draws alone. If the network gives
     numbers that no image can be made of, the picture is left out, and that is said once. ``fast_dev_run`` draws few
@@ -158,7 +159,7 @@ class SampleGrid(pl.Callback):
         generator = torch.Generator(pl_module.device).manual_seed(self.seed)
         try:
             with averaged_weights(trainer, pl_module), _evaluating(pl_module):
-                images = draw(num, generator=generator, progress=_has_bar(trainer), **options)
+                images = draw(num, generator=generator, progress=side_bar(trainer, "samples"), **options)
             picture = image_grid(images, self.columns)
         except (RuntimeError, ValueError) as error:
             self._complain(f"SampleGrid drew nothing at step {trainer.global_step}: {error}")
@@ -215,11 +216,6 @@ def _evaluating(pl_module: pl.LightningModule) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _has_bar(trainer: pl.Trainer) -> bool:
-    bar = trainer.progress_bar_callback
-    return isinstance(bar, TQDMProgressBar) and bar.is_enabled
 
 
 class _Picture:

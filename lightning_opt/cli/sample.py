@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,6 +111,8 @@ def _draw(
     module: "DiffusionModule", options: argparse.Namespace, settings: dict[str, Any]
 ) -> "tuple[list[Tensor], bool]":
     """The finished batches, and whether Ctrl-C cut them short."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
     from lightning_opt.diffusion import SamplingError
     from lightning_opt.diffusion.diffusion_module import default_labels
 
@@ -121,10 +124,10 @@ def _draw(
         for first in range(0, options.num, options.batch_size):
             count = min(options.batch_size, options.num - first)
             part = None if labels is None else labels[first : first + count]
+            bar = functools.partial(tqdm, desc=f"images {first + 1} to {first + count}", leave=False)
             try:
-                batches.append(
-                    module.sample(count, class_labels=part, generator=generator, progress=True, **settings).cpu()
-                )
+                images = module.sample(count, class_labels=part, generator=generator, progress=bar, **settings)
+                batches.append(images.cpu())
             except SamplingError as error:
                 raise UserError(f"{error}.", status=1) from error
         return batches, False

@@ -1,6 +1,6 @@
 import abc
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -119,7 +119,7 @@ class DiffusionModule(pl.LightningModule, abc.ABC):
         class_labels: Tensor | None = None,
         guidance_scale: float = 1.0,
         generator: torch.Generator | None = None,
-        progress: bool = False,
+        progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
     ) -> Tensor:
         """Draw images.
 
@@ -131,7 +131,7 @@ class DiffusionModule(pl.LightningModule, abc.ABC):
             class_labels: int64 ``[num]``; by default each class in turn.
             guidance_scale: 1 is the class alone; above 1 exaggerates it.
             generator: Of all noise; by default the global one.
-            progress: Show a progress bar.
+            progress: Wraps the time steps, for example ``tqdm``.
 
         Returns:
             ``[num, C, H, W]``, float32, from 0 to 1, on the module's device.
@@ -157,7 +157,7 @@ class DiffusionModule(pl.LightningModule, abc.ABC):
                 class_labels=labels,
                 null_label=self.null_label,
                 guidance_scale=guidance_scale,
-                progress=_bar if progress else iter,
+                progress=progress,
             )
         finally:
             for module, mode in training:
@@ -299,9 +299,3 @@ def _check_class_embedding(denoiser: nn.Module, num_classes: int | None) -> None
             f"num_classes={num_classes} needs {name}(num_class_embeds={num_classes + 1}), the last one for no class;"
             f" got {embeds}"
         )
-
-
-def _bar(times: Iterable[Tensor]) -> Iterable[Tensor]:
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    return tqdm(times, desc="sampling", leave=False)

@@ -20,6 +20,14 @@ from .process import per_sample
 from .sampling import call_denoiser, sampling_scheduler
 
 
+def default_scheduler() -> GBMScheduler:
+    """Noise up to the level 4, which forgets the image, and ``exp_euler`` on a grid that is even in the root rho^(1/3).
+
+    The scheduler's own grid is made for the paper's noise: from 4, most of its steps are where nothing is to be seen.
+    """
+    return GBMScheduler(rho_max=4.0, sampler="exp_euler", timestep_spacing="rho", spacing_order=3.0)
+
+
 @register(
     "module",
     summary="Multiplicative denoising diffusion of positive images (geometric Brownian motion)",
@@ -55,7 +63,7 @@ class GBMDiffusion(DiffusionModule):
             returns a tensor of the inputs' shape or an object whose ``sample`` is one. For example
             ``diffusers.UNet2DModel``.
         scheduler: The noise, the data map, what the network predicts, and how to sample; by default
-            ``GBMScheduler(rho_max=4.0, sampler="exp_euler")``.
+            :func:`default_scheduler`.
         loss_weight: Of the noise levels: ``"edm"``, ``"v"`` or ``"v2"``, see :func:`loss_weight`.
         log_moments: ``[mean, standard deviation]`` of :math:`\log x_0`; ``None`` measures them.
         num_classes: Train on labels too, with a denoiser that embeds one more (``num_class_embeds`` of a
@@ -98,7 +106,7 @@ class GBMDiffusion(DiffusionModule):
         check_choice("loss_weight", loss_weight, LOSS_WEIGHTS)
         self.loss_weight = loss_weight
         self.log_moments = log_moments
-        self.scheduler = GBMScheduler(rho_max=4.0, sampler="exp_euler") if scheduler is None else scheduler
+        self.scheduler = default_scheduler() if scheduler is None else scheduler
         self._measured = log_moments is not None
         if log_moments is not None:
             self._set_moments(*log_moments)

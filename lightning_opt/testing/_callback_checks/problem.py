@@ -102,7 +102,7 @@ class Problem(pl.LightningModule):
         """Logits."""
         return self.net(batch[0])
 
-    def sample(self, num: int, *, generator: torch.Generator, progress: bool = False) -> Tensor:
+    def sample(self, num: int, *, generator: torch.Generator, progress: Any = iter) -> Tensor:
         """What the network makes of noise, as images of one row; a generative module draws such ones."""
         noise = torch.randn(num, 6, generator=generator, device=self.device)
         return self.net(noise).sigmoid()[:, None, None]
