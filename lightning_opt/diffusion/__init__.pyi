@@ -2,8 +2,13 @@ from .checkpoint import load_diffusion as load_diffusion
 from .data_map import DataMap as DataMap
 from .data_map import check_positive as check_positive
 from .data_map import log_moments as log_moments
+from .deis import deis_coefficients as deis_coefficients
+from .deis import ipndm_coefficients as ipndm_coefficients
+from .deis import network_calls as network_calls
+from .deis_scheduler import DEISScheduler as DEISScheduler
 from .diffusion_module import DiffusionModule as DiffusionModule
 from .gaussian_diffusion import GaussianDiffusion as GaussianDiffusion
+from .gbm_deis_scheduler import GBMDEISScheduler as GBMDEISScheduler
 from .gbm_diffusion import GBMDiffusion as GBMDiffusion
 from .gbm_pipeline import GBMPipeline as GBMPipeline
 from .gbm_scheduler import GBMScheduler as GBMScheduler
@@ -13,6 +18,9 @@ from .image_grid import save_picture as save_picture
 from .losses import denoising_score_matching as denoising_score_matching
 from .losses import explicit_score_matching as explicit_score_matching
 from .losses import implicit_score_matching as implicit_score_matching
+from .noise_schedule import FlowMatching as FlowMatching
+from .noise_schedule import VarianceExploding as VarianceExploding
+from .noise_schedule import VariancePreserving as VariancePreserving
 from .parametrization import Parametrization as Parametrization
 from .parametrization import denoised_log as denoised_log
 from .parametrization import epsilon_from_hyvarinen as epsilon_from_hyvarinen

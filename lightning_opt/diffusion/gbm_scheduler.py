@@ -12,7 +12,8 @@ from torch import Tensor
 from lightning_opt._checks import check_choice, check_interval
 from lightning_opt.registry import register
 
-from ._log_state_scheduler import Generator, LogStateScheduler, whole
+from ._log_state_scheduler import Generator, LogStateScheduler
+from ._schedule_place import whole
 from .parametrization import PredictionType
 from .reverse import SAMPLERS, Sampler, reverse_step
 from .time_grid import Spacing, noise_levels
