@@ -178,6 +178,10 @@ def test_fast_dev_run_draws_and_writes_nothing(tmp_path):
     ("arguments", "complaint"),
     [
         ({"num_inference_steps": 3, "scheduler": "GBMShceduler"}, "SampleGrid: there is no scheduler named"),
+        (
+            {"scheduler": "GBMDEISScheduler", "num_inference_steps": 3},
+            "SampleGrid: a multistep .* at least 4 steps, got 3",
+        ),
         ({"scheduler": "DDIMScheduler"}, "SampleGrid: DDIMScheduler samples from added noise"),
         ({"scheduler_args": {"sampler": "odd"}}, "SampleGrid: sampler must be one of"),
         ({"guidance_scale": 2.0}, "SampleGrid: guidance_scale=2.0 needs a model that was trained with classes"),

@@ -8,7 +8,13 @@ import torch
 from diffusers import DDPMPipeline, DiffusionPipeline
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
-from lightning_opt.diffusion import GaussianDiffusion, GBMDiffusion, GBMPipeline, load_diffusion
+from lightning_opt.diffusion import (
+    GaussianDiffusion,
+    GBMDiffusion,
+    GBMPipeline,
+    load_diffusion,
+    sampling_scheduler,
+)
 from lightning_opt.models import MLP, Classifier
 from tests.diffusion.small_models import IMAGES, LABELS, Told, Trained, fit, small_unet
 
@@ -52,6 +58,20 @@ def test_module_pipeline_and_loaded_pipeline_draw_the_same_images(checkpoint, tm
     assert np.array_equal(again, expected.permute(0, 2, 3, 1).numpy())
     pictures = pipeline(2, generator(), num_inference_steps=2, class_labels=1).images
     assert [picture.size for picture in pictures] == [(8, 8)] * 2
+
+
+@pytest.mark.parametrize("scheduler", ["GBMScheduler", "GBMDEISScheduler"])
+def test_a_pipeline_keeps_its_scheduler(checkpoint, tmp_path, scheduler):
+    pipeline = quiet(load_diffusion(checkpoint).pipeline())
+    pipeline.scheduler = sampling_scheduler(pipeline.scheduler, scheduler)
+    pipeline.save_pretrained(tmp_path)
+    loaded = quiet(GBMPipeline.from_pretrained(tmp_path))
+    assert type(loaded.scheduler).__name__ == scheduler
+    options = {"num_inference_steps": 5, "output_type": "pt"}
+    expected = pipeline(2, generator(), **options).images
+    assert torch.equal(loaded(2, generator(), **options).images, expected)
+    drawn = load_diffusion(checkpoint).sample(2, scheduler=scheduler, num_inference_steps=5, generator=generator())
+    assert torch.equal(drawn, expected)
 
 
 def test_the_averaged_weights_are_loaded(checkpoint):
