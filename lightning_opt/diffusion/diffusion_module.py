@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers.utils.torch_utils import is_compiled_module
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
@@ -255,16 +256,21 @@ def check_guidance(scale: float, num_classes: int | None, null_label: int | None
 
 def class_path(thing: Any) -> str:
     """Where the class of an object is defined; of the network inside for one that was compiled."""
-    cls = type(getattr(thing, "_orig_mod", thing))
+    cls = type(uncompiled(thing))
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def builtin_config(thing: Any) -> dict[str, Any] | None:
     """The arguments that a model or a scheduler of diffusers was built with, or ``None`` for anything else."""
-    thing = getattr(thing, "_orig_mod", thing)
+    thing = uncompiled(thing)
     if not hasattr(thing, "to_json_string"):
         return None
     return {key: value for key, value in json.loads(thing.to_json_string()).items() if not key.startswith("_")}
+
+
+def uncompiled(thing: Any) -> Any:
+    """The network inside one that was compiled; anything else as it is."""
+    return thing.get_submodule("_orig_mod") if is_compiled_module(thing) else thing
 
 
 def pipeline_denoiser(module: DiffusionModule) -> ModelMixin:
@@ -273,7 +279,7 @@ def pipeline_denoiser(module: DiffusionModule) -> ModelMixin:
     Raises:
         ValueError: If it is no model of diffusers, or the module has seen no data.
     """
-    denoiser = getattr(module.denoiser, "_orig_mod", module.denoiser)
+    denoiser = uncompiled(module.denoiser)
     if not isinstance(denoiser, ModelMixin):
         raise ValueError(
             f"a pipeline holds a model of diffusers, and the denoiser is a {type(denoiser).__name__}; sample from the"
