@@ -4,6 +4,7 @@ from . import cpu_kernels as cpu_kernels
 from . import curvature as curvature
 from . import data as data
 from . import diffusion as diffusion
+from . import metrics as metrics
 from . import models as models
 from . import optim as optim
 from . import registry as registry

@@ -82,12 +82,12 @@ def test_the_installed_wheel_works_outside_the_checkout(built: Path, tmp_path: P
 
 
 def _package_files() -> set[str]:
-    """What every distribution must hold: modules, stubs, recipes and texts of the checkout, behind the links too."""
+    """What every distribution must hold: modules, stubs, recipes, texts and weights, behind the links too."""
     return {
         f"lightning_opt/{path.relative_to(folder).as_posix()}" if folder.name == "lightning_opt" else
         f"lightning_opt/{folder.name}/{path.relative_to(folder).as_posix()}"
         for folder in (ROOT / "lightning_opt", *(ROOT / name for name in LINKED))
-        for pattern in ("*.py", "*.pyi", "*.yaml", "*.txt.gz", "py.typed")
+        for pattern in ("*.py", "*.pyi", "*.yaml", "*.txt.gz", "*.pt", "py.typed")
         for path in folder.rglob(pattern)
     }  # fmt: skip
 

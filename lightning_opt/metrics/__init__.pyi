@@ -1,0 +1,14 @@
+from .distances import FrechetDistance as FrechetDistance
+from .distances import KernelDistance as KernelDistance
+from .distances import frechet_distance as frechet_distance
+from .distances import kernel_distance as kernel_distance
+from .feature_net import FeatureNet as FeatureNet
+from .features import extract_features as extract_features
+from .features import load_features as load_features
+from .neighbors import PrecisionRecall as PrecisionRecall
+from .neighbors import nearest_neighbor_distance as nearest_neighbor_distance
+from .neighbors import precision_recall as precision_recall
+from .score import SampleScores as SampleScores
+from .score import SetScores as SetScores
+from .score import score_samples as score_samples
+from .sliced import sliced_wasserstein as sliced_wasserstein
