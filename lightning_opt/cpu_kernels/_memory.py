@@ -9,8 +9,9 @@ from numba.extending import intrinsic
 
 from ._bits import narrow, narrow_stochastically, widen
 
-_STORED = {"float32": types.float32, "float64": types.float64, "bfloat16": types.uint16}
-_INT8, _INT32, _INT64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+_STORED = {"float32": types.float32, "float64": types.float64, "bfloat16": types.uint16, "float16": types.uint16}
+_INT8, _INT16, _INT32, _INT64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_HALF, _FLOAT = ir.HalfType(), ir.FloatType()
 
 
 @intrinsic
@@ -21,6 +22,17 @@ def item(typingctx, table, i):
         return builder.load(_pointer(builder, args[0], _INT64, args[1]))
 
     return types.int64(table, i), codegen
+
+
+@intrinsic
+def put(typingctx, address, i, value):
+    """Write a float32 at number i of a row of float32."""
+
+    def codegen(context, builder, signature, args):
+        builder.store(args[2], _pointer(builder, args[0], _FLOAT, args[1]))
+        return context.get_dummy_value()
+
+    return types.none(address, i, types.float32), codegen
 
 
 @intrinsic
@@ -50,8 +62,9 @@ def row_reader(result):
     return row
 
 
-def loader(dtypes, result):
-    """A function ``(slots, i)`` that reads element i of every slot in the compute dtype."""
+def loader(dtypes, result, read=None):
+    """A function ``(slots, i)`` that reads element i of every slot, or of those in ``read``, in the compute dtype."""
+    read = range(len(dtypes)) if read is None else read
 
     @intrinsic
     def load(typingctx, slots, i):
@@ -59,12 +72,15 @@ def loader(dtypes, result):
             # The widest registers, where LLVM by itself is careful; llvmlite knows no attributes with values.
             set.add(builder.function.attributes, '"prefer-vector-width"="512"')
             values = []
-            for k, dtype in enumerate(dtypes):
-                stored = _STORED[dtype]
+            for k in read:
+                stored = _STORED[dtypes[k]]
                 value = builder.load(_place(context, builder, args[0], k, stored, args[1]))
                 _annotate(value, builder.module, k, len(dtypes))
-                if dtype == "bfloat16":
+                if dtypes[k] == "bfloat16":
                     value = context.compile_internal(builder, widen, types.float32(stored), [value])
+                    stored = types.float32
+                elif dtypes[k] == "float16":
+                    value = builder.fpext(builder.bitcast(value, _HALF), _FLOAT)
                     stored = types.float32
                 values.append(context.cast(builder, value, stored, result.dtype))
             return context.make_tuple(builder, result, values)
@@ -74,19 +90,25 @@ def loader(dtypes, result):
     return load
 
 
-def storer(dtypes, work):
-    """A function ``(slots, i, values, key)`` that writes element i of every slot but the gradient."""
+def storer(dtypes, work, written=None):
+    """A function ``(slots, i, values, key)`` that writes element i of the slots in ``written``.
+
+    By default these are all but the gradient, in second place.
+    """
+    written = [0, *range(2, len(dtypes))] if written is None else written
 
     @intrinsic
     def store(typingctx, slots, i, values, key):
-        if tuple(values) != (work,) * (len(dtypes) - 1):
-            raise TypeError(f"an update must return the parameter and all states as {work}, got {values}")
+        if tuple(values) != (work,) * len(written):
+            raise TypeError(f"an update must return {len(written)} values, each a {work}, got {values}")
 
         def codegen(context, builder, signature, args):
-            for n, k in enumerate([0, *range(2, len(dtypes))]):
+            for n, k in enumerate(written):
                 stored = _STORED[dtypes[k]]
                 value = builder.extract_value(args[2], n)
-                if dtypes[k] != "bfloat16":
+                if dtypes[k] == "float16":
+                    value = builder.bitcast(builder.fptrunc(value, _HALF), _INT16)
+                elif dtypes[k] != "bfloat16":
                     value = context.cast(builder, value, work, stored)
                 elif key == types.none or work == types.float64:
                     value = context.compile_internal(builder, narrow, stored(work), [value])

@@ -7,6 +7,8 @@ from .deis import ipndm_coefficients as ipndm_coefficients
 from .deis import network_calls as network_calls
 from .deis_scheduler import DEISScheduler as DEISScheduler
 from .diffusion_module import DiffusionModule as DiffusionModule
+from .forward_noising import Noised as Noised
+from .forward_noising import noise_with_target as noise_with_target
 from .gaussian_diffusion import GaussianDiffusion as GaussianDiffusion
 from .gbm_deis_scheduler import GBMDEISScheduler as GBMDEISScheduler
 from .gbm_diffusion import GBMDiffusion as GBMDiffusion
@@ -15,9 +17,12 @@ from .gbm_scheduler import GBMScheduler as GBMScheduler
 from .gbm_scheduler import GBMSchedulerOutput as GBMSchedulerOutput
 from .image_grid import image_grid as image_grid
 from .image_grid import save_picture as save_picture
+from .log_stepping import LogStep as LogStep
+from .log_stepping import log_step as log_step
 from .losses import denoising_score_matching as denoising_score_matching
 from .losses import explicit_score_matching as explicit_score_matching
 from .losses import implicit_score_matching as implicit_score_matching
+from .multiplicative import multiplicative_update as multiplicative_update
 from .noise_schedule import FlowMatching as FlowMatching
 from .noise_schedule import VarianceExploding as VarianceExploding
 from .noise_schedule import VariancePreserving as VariancePreserving
@@ -27,6 +32,10 @@ from .parametrization import epsilon_from_hyvarinen as epsilon_from_hyvarinen
 from .parametrization import hyvarinen_from_epsilon as hyvarinen_from_epsilon
 from .parametrization import loss_weight as loss_weight
 from .parametrization import preconditioning as preconditioning
+from .philox import NoiseKey as NoiseKey
+from .philox import draw_noise_key as draw_noise_key
+from .philox import philox4x32 as philox4x32
+from .philox import philox_normal as philox_normal
 from .process import GeometricBrownianMotion as GeometricBrownianMotion
 from .reverse import log_probability_flow as log_probability_flow
 from .reverse import log_reverse_drift as log_reverse_drift

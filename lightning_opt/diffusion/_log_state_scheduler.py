@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._schedule_place import SchedulePlace, whole
 from .data_map import DataMap
-from .parametrization import Parametrization, wide
+from .parametrization import Parametrization, preconditioning, wide
 from .process import GeometricBrownianMotion, per_sample
 from .time_grid import noise_levels
 
@@ -121,13 +121,14 @@ class LogStateScheduler(SchedulePlace):
             dtype: torch's default dtype if None.
         """
         device = torch.device(device or "cpu")
-        noise = randn_tensor(tuple(shape), generator=generator, device=device, dtype=dtype)
+        dtype = dtype or torch.get_default_dtype()
+        noise = randn_tensor(tuple(shape), generator=generator, device=device, dtype=wide(dtype))
         mean, std = (torch.tensor(m, device=device, dtype=noise.dtype) for m in zip(*self._prior(), strict=True))
         if len(mean) > 1:
             if len(shape) < 2 or shape[1] != len(mean):
                 raise ValueError(f"the moments have {len(mean)} channels, but the shape is {tuple(shape)}")
             mean, std = (m.view(-1, *(1,) * (len(shape) - 2)) for m in (mean, std))
-        return mean + std * noise
+        return (mean + std * noise).to(dtype)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor | float) -> Tensor:
         """Log states at timesteps, ``log_x0 + m + rho * noise``.
@@ -148,13 +149,26 @@ class LogStateScheduler(SchedulePlace):
         Args:
             sample: Log states.
             timestep: One for all, or one for each sample; None is the timestep that is due.
+
+        Raises:
+            ValueError: If no timestep is given and ``set_timesteps`` was not called.
         """
-        if timestep is None or self._is_due(timestep):
-            return self.parametrization.network_input(sample, *self._levels[self._due_index()])
-        return self.parametrization.network_input(sample, *self._level(timestep, sample))
+        if timestep is not None and not self._is_due(timestep):
+            return self.parametrization.network_input(sample, *self._level(timestep, sample))
+        if self.num_inference_steps is None:
+            raise ValueError("call set_timesteps before, or give a timestep")
+        index = self._due_index()
+        if self._inputs and sample.dtype in (torch.float32, torch.float64):
+            offset, scale = self._inputs[index]
+            return torch.sub(sample, offset).mul_(scale)
+        return self.parametrization.network_input(sample, *self._levels[index])
 
     def _begin(self, rhos: Sequence[float], device: torch.device | str | None) -> None:
         """Take a schedule: the noise levels of all network calls."""
         times = [self.process.time(rho) for rho in rhos]
         self._levels = [(self.process.mean_shift(t), rho) for t, rho in zip(times, rhos, strict=True)]
         self._take_schedule([self.timestep_at(rho) for rho in rhos], device)
+        p = self.parametrization
+        plain = not p.per_channel and p.prediction_type != "stein"
+        # what a network reads of a log state, as ``(log_x - offset) * scale``
+        self._inputs = [(m + p.log_mean, preconditioning(rho, p.log_std).c_in) for m, rho in self._levels if plain]

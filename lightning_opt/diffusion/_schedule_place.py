@@ -111,13 +111,17 @@ class SchedulePlace(SchedulerMixin, ConfigMixin):
         On a GPU the check is read once, behind the last step: reading it would make every step wait for the device.
         """
         self._step_index = index + 1
-        self._totals.append(prev_sample.sum(dtype=wide(prev_sample.dtype)))
-        if prev_sample.device.type != "cpu" and self._step_index < len(self._timestep_list):
-            return
-        for i, total in enumerate(torch.stack(self._totals).tolist(), self._step_index - len(self._totals)):
-            if not math.isfinite(total):
+        total = prev_sample.sum(dtype=wide(prev_sample.dtype))
+        if prev_sample.device.type == "cpu":
+            totals = [total.item()]
+        else:
+            self._totals.append(total)
+            if self._step_index < len(self._timestep_list):
+                return
+            totals = torch.stack(self._totals).tolist()
+        for i, value in enumerate(totals, self._step_index - len(totals)):
+            if not math.isfinite(value):
                 raise ValueError(self._why_not_finite(i, prev_sample, model_output, sample))
-        self._totals.clear()
 
     def _why_not_finite(self, index: int, prev_sample: Tensor, model_output: Tensor, sample: Tensor) -> str:
         bad = {

@@ -97,7 +97,12 @@ class DEISScheduler(SchedulePlace):
         torch.Size([2, 3])
     """
 
-    _compatibles = [e.name for e in KarrasDiffusionSchedulers]
+    _compatibles = [
+        *(e.name for e in KarrasDiffusionSchedulers),
+        "FlowMatchEulerDiscreteScheduler",
+        "FlowMatchHeunDiscreteScheduler",
+        "ScoreSdeVeScheduler",
+    ]
 
     @register_to_config
     def __init__(
@@ -172,23 +177,18 @@ class DEISScheduler(SchedulePlace):
         Raises:
             ValueError: If the config asks for what this scheduler cannot do.
         """
-        if isinstance(config, dict):
-            source = config.get("_class_name")
-            if source != cls.__name__:
-                for key, what in _UNSUPPORTED.items():
-                    if config.get(key):
-                        raise ValueError(f"{source} {what} ({key}={config[key]}), which DEISScheduler cannot do")
-                if config.get("timestep_type") == "continuous":
-                    raise ValueError(f"{source} conditions on log sigma, which DEISScheduler cannot do")
-            if str(source).startswith("FlowMatch"):
-                kwargs = {
-                    "noise_schedule": "flow",
-                    "prediction_type": "flow_prediction",
-                    "flow_shift": config.get("shift", 1.0),
-                } | kwargs
-            elif source == "ScoreSdeVeScheduler":
-                levels = {key: config[key] for key in ("sigma_min", "sigma_max") if key in config}
-                kwargs = {"noise_schedule": "ve", "prediction_type": "score", **levels} | kwargs
+        if isinstance(config, dict) and "deis_type" not in config:
+            for key, what in _UNSUPPORTED.items():
+                if config.get(key):
+                    raise ValueError(f"the config {what} ({key}={config[key]}), which DEISScheduler cannot do")
+            if config.get("timestep_type") == "continuous":
+                raise ValueError("the config conditions on log sigma, which DEISScheduler cannot do")
+            if "shift" in config and "beta_start" not in config:  # FlowMatchEulerDiscreteScheduler and its kin
+                model = {"noise_schedule": "flow", "prediction_type": "flow_prediction", "flow_shift": config["shift"]}
+                kwargs = model | kwargs
+            elif "correct_steps" in config:  # ScoreSdeVeScheduler
+                levels = {key: config[key] for key in ("sigma_min", "sigma_max")}
+                kwargs = {"noise_schedule": "ve", "prediction_type": "score"} | levels | kwargs
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def __len__(self) -> int:

@@ -307,12 +307,13 @@ class GBMScheduler(LogStateScheduler):
         if step.shift:
             next_log_x.add_(step.shift)
         if step.noise:
-            noise = randn_tensor(log_x.shape, generator=generator, device=log_x.device, dtype=log_x.dtype)
-            next_log_x.add_(noise, alpha=step.noise)
+            next_log_x.add_(_standard_normal(log_x, generator), alpha=step.noise)
         if step.ito:
-            factor = next_log_x - log_x + (1 + step.ito)
-            self._num_nonpositive = self._num_nonpositive + (factor <= 0).sum()
-            next_log_x = log_x + factor.clamp_(min=AMBIENT_FLOOR).log_()
+            factor = torch.sub(next_log_x, log_x).add_(1 + step.ito)
+            if factor.device.type != "cpu" or factor.min() < AMBIENT_FLOOR:
+                self._num_nonpositive = self._num_nonpositive + (factor <= 0).sum()
+                factor.clamp_(min=AMBIENT_FLOOR)
+            next_log_x = factor.log().add_(log_x)
         if log_x.dtype != sample.dtype:
             next_log_x, denoised = next_log_x.to(sample.dtype), denoised.to(sample.dtype)
         self._advance(index, next_log_x, model_output, sample)
@@ -344,3 +345,10 @@ class GBMScheduler(LogStateScheduler):
         if self._cached_moments is None or self._cached_moments[0] != key:
             self._cached_moments = key, self.parametrization.moments(log_x)
         return self._cached_moments[1]
+
+
+def _standard_normal(like: Tensor, generator: Generator) -> Tensor:
+    """Noise of the shape, dtype and device of a tensor."""
+    if isinstance(generator, torch.Generator) and generator.device == like.device:
+        return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+    return randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype)

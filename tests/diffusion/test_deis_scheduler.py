@@ -24,17 +24,14 @@ from lightning_opt.diffusion.deis import ALGORITHMS
 from tests.reference.deis import GaussianMixture
 
 # numpy's, of tensors in diffusers
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
-)
+pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 
 F64 = torch.float64
 TOY = GaussianMixture()
 
 
-def network(scheduler, x, t):
+def output(scheduler, x, rho):
     """The output of a model that knows the mixture, in the scheduler's prediction type."""
-    rho = min((call.rho for call in scheduler._plan.calls), key=lambda rho: abs(scheduler.noise.time(rho) - float(t)))
     a = scheduler.noise.signal(rho)
     epsilon = TOY.epsilon(x.double() / a, rho)
     x0 = x / a - rho * epsilon
@@ -48,9 +45,20 @@ def network(scheduler, x, t):
     }[scheduler.config.prediction_type].to(x.dtype)
 
 
-def sample(scheduler, x, timesteps=None):
-    for t in scheduler.timesteps if timesteps is None else timesteps:
-        x = scheduler.step(network(scheduler, x, t), t, x).prev_sample
+def levels(scheduler):
+    return [call.rho for call in scheduler._plan.calls]
+
+
+def sample(scheduler, x, begin=0):
+    for t, rho in zip(scheduler.timesteps[begin:], levels(scheduler)[begin:], strict=True):
+        x = scheduler.step(output(scheduler, x, rho), t, x).prev_sample
+    return x
+
+
+def sample_theirs(theirs, ours, x):
+    """At the levels of ours."""
+    for t, rho in zip(theirs.timesteps, levels(ours), strict=True):
+        x = theirs.step(output(ours, x, rho), t, x).prev_sample
     return x
 
 
@@ -64,9 +72,7 @@ def test_log_rho_polynomials_are_those_of_diffusers(order, steps):
     ours = DEISScheduler.from_config(theirs.config, deis_type="logrho_ab", final_sigmas_type="sigma_min", **options)
     ours.set_timesteps(timesteps=theirs.timesteps.tolist())
     x = torch.randn(200, dtype=F64)
-    y = x
-    for t in theirs.timesteps:
-        y = theirs.step(network(ours, y, t), t, y).prev_sample
+    y = sample_theirs(theirs, ours, x)
     # theirs are in float32: 1e-7 of levels up to 157, of which the signal, 1 / 157 there, is left
     torch.testing.assert_close(sample(ours, x), y, rtol=0, atol=1e-5)
 
@@ -98,9 +104,7 @@ def test_first_order_is_ddim():
     for algorithm in ("t_ab", "rho_ab", "logrho_ab", "ipndm", "rk_1euler"):
         ours = DEISScheduler.from_config(theirs.config, deis_type=algorithm, solver_order=1)
         ours.set_timesteps(timesteps=theirs.timesteps.tolist())
-        y = x
-        for t in theirs.timesteps:
-            y = theirs.step(network(ours, y, t), t, y, eta=0.0).prev_sample
+        y = sample_theirs(theirs, ours, x)
         # float32 square roots of 1 - alpha at the last steps
         torch.testing.assert_close(sample(ours, x), y, rtol=0, atol=1e-5)
 
@@ -115,10 +119,7 @@ def test_first_order_is_euler_of_flow_matching():
     torch.testing.assert_close(ours.timesteps, theirs.timesteps, rtol=1e-5, atol=0)
     torch.testing.assert_close(ours.sigmas, theirs.sigmas, rtol=1e-5, atol=1e-7)
     x = torch.randn(200)
-    y = x
-    for t in theirs.timesteps:
-        y = theirs.step(network(ours, y, t), t, y).prev_sample
-    torch.testing.assert_close(sample(ours, x), y, rtol=0, atol=1e-5)
+    torch.testing.assert_close(sample(ours, x), sample_theirs(theirs, ours, x), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("noise_schedule", ["vp", "ve", "flow"])
@@ -133,7 +134,7 @@ def test_every_prediction_type_gives_the_same_sample(noise_schedule, prediction_
     torch.testing.assert_close(sample(ours, x), sample(expected, x), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", ["t_ab", "rho_ab", "logrho_ab", "ipndm", "rk_2heun", "rk_4rk"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -143,7 +144,7 @@ def test_every_prediction_type_gives_the_same_sample(noise_schedule, prediction_
         {"noise_schedule": "flow", "flow_shift": 3.0},
     ],
 )
-@pytest.mark.parametrize("grid", [{}, {"spacing": "rho"}, {"spacing": "t", "spacing_order": 2.0}, {"spacing": "log"}])
+@pytest.mark.parametrize("grid", [{}, {"spacing": "rho"}])
 def test_a_constant_prediction_is_integrated_exactly(algorithm, options, grid):
     """From pure noise with that noise predicted, the last call ends at the data, x_0 itself."""
     scheduler = DEISScheduler(**options, **grid, deis_type=algorithm)
@@ -166,18 +167,18 @@ def test_every_call_moves_the_sample(algorithm):
     scheduler = DEISScheduler(deis_type=algorithm, use_karras_sigmas=True)
     scheduler.set_timesteps(5)
     x = torch.randn(20, dtype=F64)
-    for t in scheduler.timesteps:
-        after = scheduler.step(network(scheduler, x, t), t, x).prev_sample
+    for t, rho in zip(scheduler.timesteps, levels(scheduler), strict=True):
+        after = scheduler.step(output(scheduler, x, rho), t, x).prev_sample
         assert (after - x).abs().min() > 0
         x = after
 
 
 @pytest.mark.parametrize(
     ("algorithm", "order", "options"),
-    [("t_ab", 2, {}), ("rho_ab", 3, {"warmup": "heun"}), ("rho_ab", 4, {"warmup": "kutta"}), ("rk_4rk", 4, {})],
+    [("t_ab", 2, {}), ("rho_ab", 3, {"warmup": "heun"}), ("rk_4rk", 4, {})],
 )
 def test_order_of_convergence_on_vp(algorithm, order, options):
-    x = torch.randn(300, dtype=F64)
+    x = torch.randn(100, dtype=F64)
 
     def result(name, steps, **more):
         scheduler = DEISScheduler(
@@ -191,7 +192,7 @@ def test_order_of_convergence_on_vp(algorithm, order, options):
         scheduler.set_timesteps(steps)
         return sample(scheduler, x)
 
-    exact = result("rk_4rk", 640)
+    exact = result("rk_4rk", 400)  # within 1 / 39 of the last error below
     errors = [
         (result(algorithm, n, solver_order=order, **options) - exact).square().mean().sqrt().item() for n in (80, 160)
     ]
@@ -274,21 +275,17 @@ def test_image_to_image(algorithm, tell):
     scheduler = DEISScheduler(deis_type=algorithm)
     noise = torch.randn(40, dtype=F64)
 
-    def begin():
-        scheduler.set_timesteps(10)
-        timesteps = scheduler.timesteps[4 * scheduler.order :]
-        if tell:
-            scheduler.set_begin_index(4 * scheduler.order)
-        return timesteps, scheduler.add_noise(torch.full_like(noise, 0.3), noise, timesteps[:1])
-
     scheduler.set_timesteps(10)
     sample(scheduler, noise)
-    timesteps, x = begin()
-    first = sample(scheduler, x, timesteps)
+    scheduler.set_timesteps(10)
+    begin = 4 * scheduler.order
+    if tell:
+        scheduler.set_begin_index(begin)
+    x = scheduler.add_noise(torch.full_like(noise, 0.3), noise, scheduler.timesteps[begin : begin + 1])
+    result = sample(scheduler, x, begin)
     fresh = DEISScheduler(deis_type=algorithm)
-    fresh.set_timesteps(timesteps=timesteps[:: scheduler.order] if algorithm != "rk_2heun" else timesteps[::2])
-    # the timesteps are float32, of up to 1000
-    torch.testing.assert_close(sample(fresh, x), first, rtol=0, atol=1e-4)
+    fresh.set_timesteps(sigmas=levels(scheduler)[begin :: scheduler.order])
+    torch.testing.assert_close(sample(fresh, x), result, rtol=0, atol=1e-12)
 
 
 def test_dynamic_shifting():

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,9 +44,14 @@ CASES: dict[str, tuple[str, dict[str, Any], str, int]] = {
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return report_of(__file__, tmp_path_factory.mktemp("triton"))
+
+
+def report_of(script: str, cache: Path) -> dict[str, Any]:
+    """What a script prints in a process where Triton compiles."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=500)
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -97,40 +103,43 @@ def test_one_kernel_serves_any_number_of_tensors_and_any_rate(compiled):
     assert compiled["counts and rates"] == {"kernels": 1}
 
 
+class Driver:
+    """As much of a driver as the compiler asks for."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class Compiler:
+    """In the place of a kernel: compiles for the arguments of a launch, and launches nothing."""
+
+    def __init__(self, kernel: Any) -> None:
+        from triton.runtime import driver
+
+        driver.set_active(Driver())
+        self.kernel, self.results = kernel, []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def compile(*args: Any, **kwargs: Any) -> None:
+            self.results.append(self.kernel.run(*args, grid=grid, warmup=True, **kwargs))
+
+        return compile
+
+
 def main() -> None:
     import torch
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
 
     from lightning_opt import optim, triton_kernels
     from lightning_opt.triton_kernels import _launch
 
-    class Driver:
-        """As much of a driver as the compiler asks for."""
-
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", 90, 32)
-
-        def get_current_device(self) -> int:
-            return 0
-
-        def get_current_stream(self, device: int) -> int:
-            return 0
-
-    class Compiler:
-        """In the place of the kernel: compiles for the arguments of a launch, and launches nothing."""
-
-        def __init__(self, kernel: Any) -> None:
-            self.kernel, self.results = kernel, []
-
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            def compile(*args: Any, **kwargs: Any) -> None:
-                self.results.append(self.kernel.run(*args, grid=grid, warmup=True, **kwargs))
-
-            return compile
-
-    driver.set_active(Driver())
     compiler = _launch.multi_tensor = Compiler(_launch.multi_tensor)
     report = {}
     for case, (name, options, dtype, _) in CASES.items():
@@ -146,7 +155,7 @@ def main() -> None:
             "accesses": Counter(re.findall(r"(?:ld|st)\.global(?:\.v\d)?\.b\d+", ptx)),
             "conversions": Counter(re.findall(r"cvt\.r\w(?:\.\w+)+", ptx)),
             "functions": Counter(re.findall(r"(?:sqrt|div)(?:\.\w+)+", ptx)),
-            **_resources(ptx, triton.knobs.nvidia.ptxas.path),
+            **resources(ptx),
         }
     compiler.results.clear()
     for count in (1, 2, 3, 16, 17):
@@ -160,13 +169,15 @@ def main() -> None:
     print(json.dumps(report))
 
 
-def _resources(ptx: str, ptxas: str) -> dict[str, int]:
+def resources(ptx: str) -> dict[str, int]:
     """What the assembler says about a kernel."""
+    from triton import knobs
+
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
         architecture = re.search(r"\.target (sm_\w+)", ptx)[1]
-        command = [ptxas, "-v", f"-arch={architecture}", file.name, "-o", os.devnull]
+        command = [knobs.nvidia.ptxas.path, "-v", f"-arch={architecture}", file.name, "-o", os.devnull]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return {
         "registers": int(re.search(r"Used (\d+) registers", said)[1]),
