@@ -1,7 +1,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -11,12 +11,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_opt._checks import check_interval
+from lightning_opt._checks import check_choice, check_interval
 from lightning_opt._lightning.weight_averaging import averaged_weights
 from lightning_opt.diffusion.image_grid import image_grid, save_picture
 from lightning_opt.registry import register
 
 from ._arguments import described_by_arguments
+from ._held_out_images import held_out_images
 from ._image_loggers import log_picture
 from ._report_panel import Panel
 from ._run_directory import run_directory
@@ -26,10 +27,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 DRY_RUN = 4  # images under fast_dev_run
+AT_ONCE = 256  # images in a batch where there are many
 
 
 @register(
-    "callback", summary="Draws a grid of samples of a generative model while it trains", capabilities=("observer",)
+    "callback",
+    summary="Draws a grid of samples of a generative model while it trains, and measures their distance",
+    log_prefix="sample",
+    capabilities=("observer",),
 )
 class SampleGrid(pl.Callback):
     """Draws images with the model in training, and shows them as one picture, every few epochs and at the end.
@@ -43,6 +48,10 @@ class SampleGrid(pl.Callback):
     ``[num, C, H, W]`` from 0 to 1 and wraps its steps with ``progress`` as with ``tqdm``.
     :class:`lightning_opt.diffusion.GBMDiffusion` and ``GaussianDiffusion`` have it and take the options below, and any
     other generative module may.
+
+    With ``frechet_num`` it also draws so many images every ``every_n_epochs`` and logs ``sample/frechet``, their
+    distance to as many images of validation in the features of a small net
+    (:func:`lightning_opt.metrics.frechet_distance`). Compare values of equal numbers only, and take 500 or more.
 
     It only watches: training is bit for bit the same with it and without. Rank zero draws alone. If the network gives
     numbers that no image can be made of, the picture is left out, and that is said once. ``fast_dev_run`` draws few
@@ -58,13 +67,16 @@ class SampleGrid(pl.Callback):
         class_labels: For a model of classes, one label for each image; ``None`` for each class in turn.
         guidance_scale: For a model of classes, 1 is the class alone, above 1 exaggerates it.
         columns: Images in a row; ``None`` for a square.
+        frechet_num: Images to measure the distance of; ``None`` measures nothing.
+        features: Of which net: ``"auto"`` for the shipped one of 8x8 or 28x28 gray images, or its name.
         seed: Of the noise.
 
     Raises:
         ValueError: If a value is out of its range.
         MisconfigurationException: In ``setup``, if the module cannot sample in this way, or its weights are sharded.
 
-    Cost: at a picture, what the module needs to draw ``num`` images: for diffusion a call of the network a step.
+    Cost: at a picture, what the module needs to draw ``num`` images: for diffusion a call of the network a step. The
+        distance costs as much for ``frechet_num`` images.
 
     Example:
         >>> import lightning.pytorch as pl
@@ -83,13 +95,17 @@ class SampleGrid(pl.Callback):
         class_labels: list[int] | None = None,
         guidance_scale: float = 1.0,
         columns: int | None = None,
+        frechet_num: int | None = None,
+        features: Literal["auto", "digits8", "grey28", "inception"] = "auto",
         seed: int = 0,
     ) -> None:
         check_interval("num", num, 1)
         check_interval("every_n_epochs", every_n_epochs, 1)
         check_interval("guidance_scale", guidance_scale, 0)
         check_interval("seed", seed, 0)
-        for name, value in (("num_inference_steps", num_inference_steps), ("columns", columns)):
+        check_choice("features", features, ("auto", "digits8", "grey28", "inception"))
+        wholes = (("num_inference_steps", num_inference_steps), ("columns", columns), ("frechet_num", frechet_num))
+        for name, value in wholes:
             if value is not None:
                 check_interval(name, value, 1)
         if class_labels is not None and len(class_labels) != num:
@@ -102,6 +118,8 @@ class SampleGrid(pl.Callback):
         self.class_labels = class_labels
         self.guidance_scale = guidance_scale
         self.columns = columns
+        self.frechet_num = frechet_num
+        self.features = features
         self.seed = seed
         self._begin()
 
@@ -143,6 +161,8 @@ class SampleGrid(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             self._draw(trainer, pl_module)
+            if self.frechet_num is not None and trainer.is_global_zero and self._folder is not None:
+                self._measure(trainer, pl_module, self.frechet_num)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -155,12 +175,9 @@ class SampleGrid(pl.Callback):
         options = self._options()
         if "class_labels" in options:
             options["class_labels"] = torch.tensor(options["class_labels"][:num])
-        draw: Any = pl_module.sample
-        generator = torch.Generator(pl_module.device).manual_seed(self.seed)
         try:
-            with averaged_weights(trainer, pl_module), _evaluating(pl_module):
-                images = draw(num, generator=generator, progress=side_bar(trainer, "samples"), **options)
-            picture = image_grid(images, self.columns)
+            generator = torch.Generator(pl_module.device).manual_seed(self.seed)
+            picture = image_grid(_draw(trainer, pl_module, num, generator, options), self.columns)
         except (RuntimeError, ValueError) as error:
             self._complain(f"SampleGrid drew nothing at step {trainer.global_step}: {error}")
             return
@@ -173,6 +190,20 @@ class SampleGrid(pl.Callback):
                 log_picture(logger, "samples", picture, self._step)
         except Exception as error:  # a run must not be lost because a picture cannot be shown
             self._complain(f"SampleGrid could not show the samples: {type(error).__name__}: {error}")
+
+    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, count: int) -> None:
+        from lightning_opt.metrics import frechet_distance
+
+        options = {name: value for name, value in self._options().items() if name != "class_labels"}
+        try:
+            generator = torch.Generator(pl_module.device).manual_seed(self.seed + 1)
+            parts = [min(AT_ONCE, count - first) for first in range(0, count, AT_ONCE)]
+            images = torch.cat([_draw(trainer, pl_module, part, generator, options).cpu() for part in parts])
+            distance = frechet_distance(images, held_out_images(trainer, count, self.seed), features=self.features)
+        except (RuntimeError, ValueError) as error:
+            self._complain(f"SampleGrid measured nothing at step {trainer.global_step}: {error}")
+            return
+        pl_module.log("sample/frechet", distance, rank_zero_only=True)
 
     def _options(self) -> dict[str, Any]:
         given = {
@@ -203,6 +234,18 @@ class SampleGrid(pl.Callback):
         if self._picture is None:
             return []
         return [Panel(f"Samples after {self._step:,} steps", _Picture(self._picture))]
+
+
+def _draw(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    num: int,
+    generator: torch.Generator,
+    options: dict[str, Any],
+) -> Tensor:
+    draw: Any = pl_module.sample
+    with averaged_weights(trainer, pl_module), _evaluating(pl_module):
+        return draw(num, generator=generator, progress=side_bar(trainer, "samples"), **options)
 
 
 @contextmanager

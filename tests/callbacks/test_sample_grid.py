@@ -15,9 +15,10 @@ from lightning_opt.callbacks import ResumeState, SampleGrid
 from lightning_opt.callbacks._image_loggers import log_picture
 from lightning_opt.callbacks._report_render import render_svg
 from lightning_opt.diffusion import image_grid
+from lightning_opt.metrics import frechet_distance
 from lightning_opt.testing._callback_checks.state import Saver
 from lightning_opt.testing._callback_checks.subject import require_equal
-from tests.diffusion.small_models import Rows, Told, Trained, TrainedGaussian, fit, small_unet
+from tests.diffusion.small_models import IMAGES, Rows, Told, Trained, TrainedGaussian, fit, small_unet
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -75,12 +76,16 @@ def test_training_is_bit_for_bit_the_same(tmp_path, model):
     torch.manual_seed(1)
     without = run(tmp_path / "without")
     torch.manual_seed(1)
-    watched = run(tmp_path / "with", SampleGrid(num=3, num_inference_steps=2, guidance_scale=2.0))
+    watching = {"num": 3, "num_inference_steps": 2, "guidance_scale": 2.0, "frechet_num": 40}
+    watched = run(tmp_path / "with", SampleGrid(**watching))
+    distances = {key: watched[0].pop(key) for key in list(watched[0]) if key[0] == "sample/frechet"}
+    assert [step for _, step in distances] == [2, 5]  # two batches a step
     for name, a, b in zip(("rows", "weights", "optimizer"), watched, without, strict=False):
         require_equal(a, b, name)
     torch.manual_seed(7)
     path, _ = watched[-1].files[8]
-    resumed = run(tmp_path / "resumed", SampleGrid(num=3, num_inference_steps=2, guidance_scale=2.0), ckpt_path=path)
+    resumed = run(tmp_path / "resumed", SampleGrid(**watching), ckpt_path=path)
+    assert resumed[0]["sample/frechet", 5] == distances["sample/frechet", 5]
     require_equal(resumed[1], watched[1], "weights of the resumed run")
     require_equal(resumed[3], watched[3], "picture of the resumed run")
 
@@ -103,6 +108,33 @@ def test_averaged_weights_draw(tmp_path, first):
     fit(module, tmp_path, *((grid, averaging) if first else (averaging, grid)))
     assert torch.equal(drawn[0], module.denoiser.conv_in.weight)  # the average, which training ends with
     assert not torch.equal(drawn[0], trained[0])
+
+
+def test_the_distance_to_validation_images_is_logged(tmp_path):
+    module = Trained(small_unet(num_class_embeds=4), num_classes=3)
+    grid = SampleGrid(num=3, every_n_epochs=2, num_inference_steps=2, class_labels=[1, 1, 1], frechet_num=40, seed=3)
+    trainer = fit(module, tmp_path, grid, max_epochs=2)
+    assert [step for name, step in trainer.logger.rows if name == "sample/frechet"] == [11]
+    samples = module.sample(40, num_inference_steps=2, generator=torch.Generator().manual_seed(4))
+    chosen = torch.randperm(48, generator=torch.Generator().manual_seed(3))[:40]
+    expected = frechet_distance(samples, IMAGES[chosen], features="digits8")
+    # the logger has it in float32
+    assert trainer.logger.rows["sample/frechet", 11] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "complaint"),
+    [
+        (60, {}, "60 images are to be compared with as many of validation, which has 48"),
+        (40, {"limit_val_batches": 0}, "there are no validation data with a length to compare with"),
+    ],
+)
+def test_a_distance_that_cannot_be_measured_is_left_out(tmp_path, count, options, complaint):
+    with pytest.warns(UserWarning, match=f"SampleGrid measured nothing at step 6: {complaint}"):
+        trainer = fit(
+            Trained(small_unet()), tmp_path, SampleGrid(num=1, num_inference_steps=1, frechet_num=count), **options
+        )
+    assert not any(name == "sample/frechet" for name, _ in trainer.logger.rows)
 
 
 def test_every_logger_gets_the_picture_in_its_own_way():
@@ -209,6 +241,8 @@ def test_a_module_that_does_not_draw_is_refused(tmp_path):
         ({"guidance_scale": -1.0}, "guidance_scale must be >= 0"),
         ({"columns": 0}, "columns must be >= 1"),
         ({"seed": -1}, "seed must be >= 0"),
+        ({"frechet_num": 0}, "frechet_num must be >= 1"),
+        ({"features": "grey"}, "features must be one of"),
         ({"num": 2, "class_labels": [1]}, "class_labels must have num=2 entries, got 1"),
     ],
 )
