@@ -6,6 +6,7 @@ from .lanczos_lr_learner import LanczosLRLearner as LanczosLRLearner
 from .optimizer_monitor import OptimizerMonitor as OptimizerMonitor
 from .resume_state import ResumeState as ResumeState
 from .run_report import RunReport as RunReport
+from .sample_grid import SampleGrid as SampleGrid
 from .schedule_check import ScheduleCheck as ScheduleCheck
 from .stability_booster import StabilityBooster as StabilityBooster
 from .stability_monitor import StabilityMonitor as StabilityMonitor

@@ -19,6 +19,7 @@ from ._report_history import Curve
 from ._report_page import Page, results
 from ._report_panel import Panel
 from ._report_render import render_png, render_svg
+from ._run_directory import run_directory
 
 
 @register("callback", summary="Writes one HTML page and one picture of the whole run", capabilities=("observer",))
@@ -78,7 +79,7 @@ class RunReport(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
             self._begin()
-            self._directory = _directory(trainer)
+            self._directory = run_directory(trainer)
         self._stage = stage
 
     @override
@@ -263,21 +264,6 @@ class _Raise:
 
     def __call__(self, axes: object) -> None:
         raise self.error
-
-
-def _directory(trainer: Any) -> Path | None:
-    """Where the first logger writes, agreed on by all ranks; None if nothing is to be written."""
-    if trainer.fast_dev_run:
-        return None
-    logger = trainer.logger
-    if logger is None:
-        directory = trainer.default_root_dir
-    elif getattr(logger, "log_dir", None):
-        directory = str(logger.log_dir)
-    else:  # a folder for each run, where checkpoints go too
-        parts = [part for part in (logger.name, logger.version) if part not in (None, "")]
-        directory = str(Path(logger.save_dir or trainer.default_root_dir, *map(str, parts)))
-    return Path(trainer.strategy.broadcast(directory))
 
 
 def _learning_rates(optimizers: list[Optimizer]) -> dict[str, float]:

@@ -35,6 +35,7 @@ NOT_APPLICABLE = {
     "LanczosLRLearner": {"trains_by_manual_optimization"},
     "ResumeState": {"logs_under_its_prefix"},
     "RunReport": {"logs_under_its_prefix"},
+    "SampleGrid": {"logs_under_its_prefix"},
     "ScheduleCheck": {"logs_under_its_prefix"},
     "StabilityBooster": {"trains_by_manual_optimization"},
     "StabilityMonitor": {"trains_by_manual_optimization"},

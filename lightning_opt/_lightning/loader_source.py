@@ -24,3 +24,14 @@ def replace_train_loader(trainer: pl.Trainer, replace: Callable[[Any], Any]) -> 
         vars(source).pop("dataloader", None)
 
     return put_back
+
+
+def train_loader(trainer: pl.Trainer) -> Any:
+    """The training loader that the Trainer will ask for: what was given to ``fit``, or what a hook makes.
+
+    A data module makes a new one; it must not be iterated over where that one was given, since it has a position.
+
+    Args:
+        trainer: In ``setup`` of a fit or later, with its data module set up.
+    """
+    return trainer.fit_loop._data_source.dataloader()

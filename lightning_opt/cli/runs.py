@@ -68,14 +68,35 @@ def newest_checkpoint(root: str, name: str) -> Path:
     """
     parent = Path(root) / name
     for _, folder in sorted(_run_folders(parent), reverse=True):
-        for path in _checkpoints(folder):
-            if _is_complete(path):
-                return path
-            warnings.warn(f"{path} is not a complete checkpoint; trying the one before it.", stacklevel=2)
+        if (path := _furthest(folder)) is not None:
+            return path
     raise UserError(
         f"--ckpt_path=last: no checkpoint in {parent}/version_*/checkpoints. Start without --ckpt_path, or give the"
         " path of a checkpoint."
     )
+
+
+def checkpoint_of(path: Path) -> Path:
+    """The checkpoint that a path means: itself, or the furthest of a run folder or of the newest run of a name.
+
+    Args:
+        path: A checkpoint, a run folder, or the folder of a name.
+
+    Raises:
+        UserError: If there is none, or it is cut off.
+    """
+    if not path.is_dir():
+        if not path.exists():
+            raise UserError(f"{path}: no such file.")
+        if not _is_complete(path):
+            raise UserError(
+                f"{path}: not a complete checkpoint (cut off while it was written, or no checkpoint at all)."
+            )
+        return path
+    for folder in (path, *(folder for _, folder in sorted(_run_folders(path), reverse=True))):
+        if (found := _furthest(folder)) is not None:
+            return found
+    raise UserError(f"{path} holds no checkpoint, neither in checkpoints nor in version_*/checkpoints.")
 
 
 def check_checkpoint(path: Path) -> None:
@@ -154,6 +175,15 @@ def _checkpoints(run_folder: Path) -> list[Path]:
 
 def _is_complete(path: Path) -> bool:
     return zipfile.is_zipfile(path)  # its directory is at the end: a truncated file has none
+
+
+def _furthest(folder: Path) -> Path | None:
+    """The furthest checkpoint of a run folder that can be read."""
+    for path in _checkpoints(folder):
+        if _is_complete(path):
+            return path
+        warnings.warn(f"{path} is not a complete checkpoint; trying the one before it.", stacklevel=3)
+    return None
 
 
 def _run_folders(parent: Path) -> list[tuple[int, Path]]:

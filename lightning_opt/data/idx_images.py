@@ -52,12 +52,20 @@ class IdxImages(ImageDataModule):
     def prepare_data(self) -> None:
         """Fetch what the stage needs and no folder holds."""
         for split in splits_of(self.trainer.state.fn if self.trainer is not None else None):
-            for file in self.files[split]:
-                if find_file(file.name, self._local_folders()) is None:
-                    try:
-                        fetch_file(file, self.mirrors, cache_folder(self.folders[0]))
-                    except DataNotFoundError as error:
-                        raise self._missing(file, "could not be fetched.", str(error)) from None
+            self.provide(split)
+
+    def provide(self, split: Split) -> None:
+        """Fetch the files of a split that no folder holds."""
+        for file in self.files[split]:
+            if find_file(file.name, self._local_folders()) is None:
+                try:
+                    fetch_file(file, self.mirrors, cache_folder(self.folders[0]))
+                except DataNotFoundError as error:
+                    raise self._missing(file, "could not be fetched.", str(error)) from None
+
+    def is_at_hand(self, split: Split) -> bool:
+        """Whether the files of a split are on this machine."""
+        return all(find_file(file.name, self._folders()) is not None for file in self.files[split])
 
     def load(self, split: Split) -> tuple[Tensor, Tensor]:
         """Read and check the two files of a split."""
@@ -78,10 +86,13 @@ class IdxImages(ImageDataModule):
         return images, labels
 
     def _read(self, file: PublishedFile) -> tuple[Path, Tensor]:
-        path = find_file(file.name, [*self._local_folders(), cache_folder(self.folders[0])])
+        path = find_file(file.name, self._folders())
         if path is None:
             raise self._missing(file, "was not fetched; prepare_data() does that, and the Trainer calls it by itself.")
         return path, read_idx(path, sha256=file.content_sha256 if self.verify else None)
+
+    def _folders(self) -> list[Path]:
+        return [*self._local_folders(), cache_folder(self.folders[0])]
 
     def _local_folders(self) -> list[Path]:
         return local_folders(self.root, self.folders, self.system_folder)

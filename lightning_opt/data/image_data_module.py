@@ -1,5 +1,6 @@
 import abc
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from .labeled_data_module import Batch, LabeledDataModule, LabeledDataset, Split
 class ImageDataModule(LabeledDataModule):
     """Labeled images that fit into memory, as one tensor, with a stratified validation split.
 
-    A batch is ``(images, labels)``: float32 ``[B, C, H, W]``, normalized, and int64 ``[B]``. It is one indexing
+    A batch is ``(images, labels)``: float32 ``[B, C, H, W]``, normalized or not, and int64 ``[B]``. It is one indexing
     operation on the tensor of all images and one normalization, not a Python loop over images, which on a CPU takes
     about as long as the training step of a small network.
 
@@ -25,6 +26,8 @@ class ImageDataModule(LabeledDataModule):
         std: Standard deviation of the training pixels, likewise.
 
     Args:
+        normalize: Subtract ``mean`` and divide by ``std``; otherwise pixels are those of the image, from 0 to 1, as the
+            generative models of this package take them.
         **kwargs: As for :class:`LabeledDataModule`.
 
     Raises:
@@ -57,6 +60,10 @@ class ImageDataModule(LabeledDataModule):
     val_set: "ImageDataset | None"
     test_set: "ImageDataset | None"
 
+    def __init__(self, *, normalize: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.normalize = normalize
+
     @abc.abstractmethod
     def load(self, split: Split) -> tuple[Tensor, Tensor]:
         """Read all images of one split.
@@ -87,9 +94,10 @@ class ImageDataset(LabeledDataset):
     def __init__(self, images: Tensor, labels: Tensor, spec: ImageDataModule) -> None:
         super().__init__(images, labels, spec.noun)
         self.inputs = images.reshape(-1, *spec.shape)
-        std = torch.tensor(spec.std).view(-1, 1, 1)
-        self.scale = 1 / (spec.max_value * std)
-        self.shift = -torch.tensor(spec.mean).view(-1, 1, 1) / std
+        mean, std = (spec.mean, spec.std) if spec.normalize else ((0.0,), (1.0,))
+        deviation = torch.tensor(std).view(-1, 1, 1)
+        self.scale = 1 / (spec.max_value * deviation)
+        self.shift = -torch.tensor(mean).view(-1, 1, 1) / deviation
 
     @property
     def images(self) -> Tensor:

@@ -1,7 +1,13 @@
+from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
 from lightning_opt.registry import register
 
-from .fetch import PublishedFile
+from .fetch import DataNotFoundError, PublishedFile
 from .idx_images import IdxImages
+from .labeled_data_module import Split, stratified_order
 
 
 @register("data", summary="MNIST: handwritten digits, 28x28, 60,000 + 10,000")
@@ -106,7 +112,16 @@ class FashionMNIST(IdxImages):
 class KMNIST(IdxImages):
     """Cursive Japanese characters, 28x28, ten classes; 60,000 training and 10,000 test images (21 MB to fetch).
 
-    Source: arXiv 1812.01718. Arguments as for :class:`IdxImages` and :class:`ImageDataModule`.
+    Source: arXiv 1812.01718.
+
+    Args:
+        divide_test: Where the training files are neither at hand nor can be fetched, divide the 10,000 test images,
+            stratified and the same for every seed: 8,000 to train and validate on, 2,000 to test on. That is said in a
+            warning, since what comes out does not compare with the published split.
+        **kwargs: As for :class:`IdxImages` and :class:`ImageDataModule`.
+
+    Raises:
+        DataNotFoundError: As :class:`IdxImages`; with ``divide_test`` only if the test files are missing too.
 
     Example:
         >>> KMNIST().classes[:3]
@@ -143,3 +158,30 @@ class KMNIST(IdxImages):
             ),
         ),
     }
+
+    def __init__(self, *, divide_test: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.divide_test = divide_test
+
+    def provide(self, split: Split) -> None:
+        """Fetch the files of a split; with ``divide_test`` those of training, else those of testing."""
+        if self.divide_test:  # every stage must come to the same answer
+            try:
+                super().provide("train")
+            except DataNotFoundError:
+                split = "test"
+        super().provide(split)
+
+    def load(self, split: Split) -> tuple[Tensor, Tensor]:
+        """Read and check the two files of a split, or a part of the test images."""
+        if not self.divide_test or self.is_at_hand("train"):
+            return super().load(split)
+        images, labels = super().load("test")
+        order = stratified_order(labels, seed=0)
+        test = len(labels) // 5
+        rank_zero_warn(
+            f"{type(self).__name__} has no training files at hand: of the {len(labels):,} test images"
+            f" {len(labels) - test:,} serve for training and validation and {test:,} for testing."
+        )
+        part = (order[:test] if split == "test" else order[test:]).sort().values
+        return images[part], labels[part]

@@ -1,3 +1,4 @@
+from .checkpoint import load_diffusion as load_diffusion
 from .data_map import DataMap as DataMap
 from .data_map import check_positive as check_positive
 from .data_map import log_moments as log_moments
@@ -5,11 +6,17 @@ from .deis import deis_coefficients as deis_coefficients
 from .deis import ipndm_coefficients as ipndm_coefficients
 from .deis import network_calls as network_calls
 from .deis_scheduler import DEISScheduler as DEISScheduler
+from .diffusion_module import DiffusionModule as DiffusionModule
 from .forward_noising import Noised as Noised
 from .forward_noising import noise_with_target as noise_with_target
+from .gaussian_diffusion import GaussianDiffusion as GaussianDiffusion
 from .gbm_deis_scheduler import GBMDEISScheduler as GBMDEISScheduler
+from .gbm_diffusion import GBMDiffusion as GBMDiffusion
+from .gbm_pipeline import GBMPipeline as GBMPipeline
 from .gbm_scheduler import GBMScheduler as GBMScheduler
 from .gbm_scheduler import GBMSchedulerOutput as GBMSchedulerOutput
+from .image_grid import image_grid as image_grid
+from .image_grid import save_picture as save_picture
 from .log_stepping import LogStep as LogStep
 from .log_stepping import log_step as log_step
 from .losses import denoising_score_matching as denoising_score_matching
@@ -34,4 +41,7 @@ from .reverse import log_probability_flow as log_probability_flow
 from .reverse import log_reverse_drift as log_reverse_drift
 from .reverse import reverse_drift as reverse_drift
 from .reverse import reverse_step as reverse_step
+from .sampling import SamplingError as SamplingError
+from .sampling import sample as sample
+from .sampling import sampling_scheduler as sampling_scheduler
 from .time_grid import noise_levels as noise_levels

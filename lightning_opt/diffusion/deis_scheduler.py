@@ -3,7 +3,10 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers import (
+    DDPMScheduler,
+    SchedulerMixin,  # noqa: F401  # diffusers looks for it here when it loads a pipeline
+)
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerOutput
 from torch import Tensor

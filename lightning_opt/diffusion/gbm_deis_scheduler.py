@@ -2,6 +2,7 @@ import functools
 from typing import Any, Literal
 
 import torch
+from diffusers import SchedulerMixin  # noqa: F401  # diffusers looks for it here when it loads a pipeline
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 

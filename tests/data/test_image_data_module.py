@@ -295,3 +295,20 @@ def test_loaders_before_setup() -> None:
 def test_images_and_labels_of_different_length() -> None:
     with pytest.raises(ValueError, match="3 images but 2 labels"):
         ImageDataset(torch.zeros(3, 1, 1, 2), torch.zeros(2), Numbered())
+
+
+def test_images_that_are_not_normalized_are_from_0_to_1() -> None:
+    class Bytes(Numbered):
+        max_value = 255.0
+        mean, std = (0.4,), (0.2,)
+
+        def load(self, split: str) -> tuple[Tensor, Tensor]:
+            return (torch.arange(1000) % 256).view(-1, 1, 1).expand(-1, 1, 2).to(torch.uint8), LABELS
+
+    data = Bytes(normalize=False, val_size=10)
+    data.setup("fit")
+    assert data.train_set is not None
+    images, _ = data.train_set.__getitems__(range(len(data.train_set)))
+    # a product with the rounded 1 / 255: one rounding more than the quotient
+    assert torch.allclose(images, data.train_set.images / 255, rtol=2**-23, atol=0)
+    assert (images.min(), images.max()) == (0, 1)

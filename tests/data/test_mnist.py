@@ -13,6 +13,7 @@ from lightning_opt.data import (
     KMNIST,
     MNIST,
     CorruptDataError,
+    DataNotFoundError,
     Digits,
     FashionMNIST,
     IdxImages,
@@ -86,3 +87,30 @@ def test_a_config_builds_it_by_its_short_name(cls: type[ImageDataModule]) -> Non
     data = parser.instantiate(parser.parse_object({"data": {"class_path": name, "init_args": arguments}})).data
     assert type(data) is cls
     assert {key: getattr(data, key) for key in arguments} == arguments
+
+
+def test_without_training_files_the_test_images_are_divided(
+    random_images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # nothing was fetched before
+    monkeypatch.setattr(KMNIST, "mirrors", ())
+    options = {"root": random_images, "verify": False, "val_size": 4, "batch_size": 1, "divide_test": True}
+    whole = KMNIST(**options)
+    whole.prepare_data()
+    whole.setup()
+    assert whole.train_set is not None
+    assert len(whole.train_set) == 46  # of 50 training images: the option changes nothing where they are
+    for file in KMNIST.files["train"]:
+        (Path(random_images) / "KMNIST/raw" / f"{file.name}.gz").unlink()
+    parts = []
+    for stage in ("fit", "test"):  # which come to the same division one by one
+        data = KMNIST(**options)
+        data.prepare_data()
+        with pytest.warns(UserWarning, match="of the 20 test images 16 serve for training and validation and 4 for"):
+            data.setup(stage)
+        sets = [data.train_set, data.val_set, data.test_set]
+        parts += [part.images for part in sets if part is not None]
+    assert [len(part) for part in parts] == [12, 4, 4]
+    assert len(torch.cat(parts).unique(dim=0)) == 20
+    with pytest.raises(DataNotFoundError, match=r"train-images-idx3-ubyte is not at hand"):
+        KMNIST(root=random_images, verify=False).prepare_data()

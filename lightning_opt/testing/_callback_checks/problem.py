@@ -102,6 +102,11 @@ class Problem(pl.LightningModule):
         """Logits."""
         return self.net(batch[0])
 
+    def sample(self, num: int, *, generator: torch.Generator, progress: Any = iter) -> Tensor:
+        """What the network makes of noise, as images of one row; a generative module draws such ones."""
+        noise = torch.randn(num, 6, generator=generator, device=self.device)
+        return self.net(noise).sigmoid()[:, None, None]
+
     def configure_optimizers(self) -> Any:
         """Adam or SGD with a schedule by step."""
         named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
