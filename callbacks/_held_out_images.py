@@ -27,6 +27,7 @@ def held_out_images(trainer: Any, num: int, seed: int) -> Tensor:
         raise ValueError("there are no validation data with a length to compare with")
     if len(dataset) < num:
         raise ValueError(f"{num} images are to be compared with as many of validation, which has {len(dataset)}")
-    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:num].tolist()
-    batches = DataLoader(Subset(dataset, chosen), batch_size=256, collate_fn=source.collate_fn)
+    generator = torch.Generator().manual_seed(seed)  # a DataLoader without one draws from the global state
+    chosen = torch.randperm(len(dataset), generator=generator)[:num].tolist()
+    batches = DataLoader(Subset(dataset, chosen), batch_size=256, collate_fn=source.collate_fn, generator=generator)
     return torch.cat([batch if isinstance(batch, Tensor) else batch[0] for batch in batches])

@@ -73,6 +73,7 @@ def test_classes_go_by_their_public_path_and_the_module_takes_no_rate(name: str)
 
 @every_recipe
 @pytest.mark.filterwarnings("ignore:.*is more than the .* samples of an epoch")  # 40 images
+@pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary")
 def test_one_batch_trains_and_tests(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lightning-opt"])

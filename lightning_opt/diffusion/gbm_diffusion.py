@@ -183,7 +183,8 @@ class GBMDiffusion(DiffusionModule):
                 f"it needs a dataset with a length, and the data are a {kind}; give log_moments=[mean, standard"
                 " deviation] of log x0"
             )
-        again = DataLoader(dataset, batch_size=512, collate_fn=source.collate_fn)
+        own = torch.Generator()  # a loader without one draws from the global random state, even in order
+        again = DataLoader(dataset, batch_size=512, collate_fn=source.collate_fn, generator=own)
         count, total, squares = 0, torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
         for batch in again:
             images = batch if isinstance(batch, Tensor) else batch[0]

@@ -98,17 +98,22 @@ def test_training_data_are_measured_once_and_written_down(tmp_path):
     assert dict(other.scheduler.config)["log_std"] == config.log_std
 
 
-def test_measuring_leaves_the_order_of_the_data_alone(tmp_path):
+def test_measuring_leaves_the_order_of_the_data_and_random_states_alone(tmp_path):
     class Keeps(Trained):
+        def on_train_start(self):
+            states.append(torch.get_rng_state())
+
         def losses(self, images, *rest):
             seen[-1].append(images)
             return super().losses(images, *rest)
 
-    seen = []
+    seen, states = [], []
     for moments in (None, (0.2, 0.2)):
         seen.append([])
+        torch.manual_seed(3)
         fit(Keeps(small_unet(), log_moments=moments), tmp_path, limit_val_batches=0)
     assert torch.equal(*(torch.cat(batches) for batches in seen))
+    assert torch.equal(*states)
 
 
 def test_several_channels_have_moments_of_their_own(tmp_path):
