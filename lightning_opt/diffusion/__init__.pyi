@@ -1,8 +1,13 @@
 from .data_map import DataMap as DataMap
 from .data_map import check_positive as check_positive
 from .data_map import log_moments as log_moments
+from .deis import deis_coefficients as deis_coefficients
+from .deis import ipndm_coefficients as ipndm_coefficients
+from .deis import network_calls as network_calls
+from .deis_scheduler import DEISScheduler as DEISScheduler
 from .forward_noising import Noised as Noised
 from .forward_noising import noise_with_target as noise_with_target
+from .gbm_deis_scheduler import GBMDEISScheduler as GBMDEISScheduler
 from .gbm_scheduler import GBMScheduler as GBMScheduler
 from .gbm_scheduler import GBMSchedulerOutput as GBMSchedulerOutput
 from .log_stepping import LogStep as LogStep
@@ -11,6 +16,9 @@ from .losses import denoising_score_matching as denoising_score_matching
 from .losses import explicit_score_matching as explicit_score_matching
 from .losses import implicit_score_matching as implicit_score_matching
 from .multiplicative import multiplicative_update as multiplicative_update
+from .noise_schedule import FlowMatching as FlowMatching
+from .noise_schedule import VarianceExploding as VarianceExploding
+from .noise_schedule import VariancePreserving as VariancePreserving
 from .parametrization import Parametrization as Parametrization
 from .parametrization import denoised_log as denoised_log
 from .parametrization import epsilon_from_hyvarinen as epsilon_from_hyvarinen

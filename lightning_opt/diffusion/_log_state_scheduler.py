@@ -4,21 +4,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from lightning_opt._checks import check_interval
-
+from ._schedule_place import SchedulePlace, whole
 from .data_map import DataMap
-from .parametrization import Parametrization, wide
+from .parametrization import Parametrization, preconditioning, wide
 from .process import GeometricBrownianMotion, per_sample
 from .time_grid import noise_levels
 
 Generator = torch.Generator | list[torch.Generator] | None
 
 
-class LogStateScheduler(SchedulerMixin, ConfigMixin):
+class LogStateScheduler(SchedulePlace):
     """What the schedulers of the multiplicative model share: the log state, the timesteps, and the place in a schedule.
 
     A timestep is the number that the network is conditioned on: ``125 log(rho) + 600`` for a noise level rho, which is
@@ -34,9 +32,6 @@ class LogStateScheduler(SchedulerMixin, ConfigMixin):
     process: GeometricBrownianMotion
     parametrization: Parametrization
     data_map: DataMap
-    timesteps: Tensor
-    sigmas: Tensor
-    num_inference_steps: int | None
 
     def _configure(self) -> None:
         """Build the mathematics from the registered config, and check it."""
@@ -46,10 +41,7 @@ class LogStateScheduler(SchedulerMixin, ConfigMixin):
         self.parametrization = Parametrization(c.prediction_type, c.log_mean, c.log_std)
         self.data_map = DataMap(c.to_positive, c.shift, c.exp_scale, c.clip_sample)
         noise_levels(self.process, 1, c.timestep_spacing, c.spacing_order)
-        self.num_inference_steps = None
-        self.timesteps, self.sigmas = torch.empty(0), torch.empty(0)
-        self._step_index: int | None = None
-        self._begin_index: int | None = None
+        self._no_schedule()
 
     @classmethod
     def _get_compatibles(cls) -> list[type]:
@@ -129,13 +121,14 @@ class LogStateScheduler(SchedulerMixin, ConfigMixin):
             dtype: torch's default dtype if None.
         """
         device = torch.device(device or "cpu")
-        noise = randn_tensor(tuple(shape), generator=generator, device=device, dtype=dtype)
+        dtype = dtype or torch.get_default_dtype()
+        noise = randn_tensor(tuple(shape), generator=generator, device=device, dtype=wide(dtype))
         mean, std = (torch.tensor(m, device=device, dtype=noise.dtype) for m in zip(*self._prior(), strict=True))
         if len(mean) > 1:
             if len(shape) < 2 or shape[1] != len(mean):
                 raise ValueError(f"the moments have {len(mean)} channels, but the shape is {tuple(shape)}")
             mean, std = (m.view(-1, *(1,) * (len(shape) - 2)) for m in (mean, std))
-        return mean + std * noise
+        return (mean + std * noise).to(dtype)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor | float) -> Tensor:
         """Log states at timesteps, ``log_x0 + m + rho * noise``.
@@ -156,121 +149,27 @@ class LogStateScheduler(SchedulerMixin, ConfigMixin):
         Args:
             sample: Log states.
             timestep: One for all, or one for each sample; None is the timestep that is due.
-        """
-        if timestep is None or self._is_due(timestep):
-            return self.parametrization.network_input(sample, *self._levels[self._due_index()])
-        return self.parametrization.network_input(sample, *self._level(timestep, sample))
-
-    # --- the place in a schedule ---
-
-    @property
-    def step_index(self) -> int | None:
-        """Position of the step that is due; None before the first."""
-        return self._step_index
-
-    @property
-    def begin_index(self) -> int | None:
-        """Position to begin at, set by :meth:`set_begin_index`."""
-        return self._begin_index
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Begin in the middle of the schedule, for instance with a noised image.
-
-        Args:
-            begin_index: Position in ``timesteps``.
 
         Raises:
-            ValueError: If there is no such position.
+            ValueError: If no timestep is given and ``set_timesteps`` was not called.
         """
-        if self.num_inference_steps is not None and not 0 <= begin_index < len(self._timestep_list):
-            raise ValueError(f"begin_index must be in [0, {len(self._timestep_list) - 1}], got {begin_index}")
-        self._begin_index = begin_index
+        if timestep is not None and not self._is_due(timestep):
+            return self.parametrization.network_input(sample, *self._level(timestep, sample))
+        if self.num_inference_steps is None:
+            raise ValueError("call set_timesteps before, or give a timestep")
+        index = self._due_index()
+        if self._inputs and sample.dtype in (torch.float32, torch.float64):
+            offset, scale = self._inputs[index]
+            return torch.sub(sample, offset).mul_(scale)
+        return self.parametrization.network_input(sample, *self._levels[index])
 
     def _begin(self, rhos: Sequence[float], device: torch.device | str | None) -> None:
         """Take a schedule: the noise levels of all network calls."""
         times = [self.process.time(rho) for rho in rhos]
         self._levels = [(self.process.mean_shift(t), rho) for t, rho in zip(times, rhos, strict=True)]
-        timesteps = torch.tensor([self.timestep_at(rho) for rho in rhos], dtype=torch.float32)
-        self._timestep_list: list[float] = timesteps.tolist()
-        self.timesteps = timesteps.to(device)
-        self._first_address = self.timesteps.data_ptr()
-        self.num_inference_steps = len(rhos)
-        self._step_index = self._begin_index = None
-        self._totals: list[Tensor] = []
-
-    def _due_index(self) -> int:
-        return self._step_index if self._step_index is not None else self._begin_index or 0
-
-    def _is_due(self, timestep: float | Tensor) -> bool:
-        """Whether a timestep is the one at the current position.
-
-        An entry of ``timesteps`` is known by its address, so that a GPU is not waited for.
-        """
-        index = self._due_index()
-        if self.num_inference_steps is None or index >= len(self._timestep_list):
-            return False
-        if isinstance(timestep, Tensor):
-            if timestep.numel() != 1:
-                return False
-            if timestep.data_ptr() == self._first_address + 4 * index:
-                return True
-        return abs(float(timestep) - self._timestep_list[index]) <= 1e-5 + 1e-6 * abs(self._timestep_list[index])
-
-    def _place(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor) -> int:
-        """The position of the step, after checking the arguments of ``step``."""
-        if self.num_inference_steps is None:
-            raise ValueError("call set_timesteps before step")
-        index = self._due_index()
-        if isinstance(timestep, Tensor) and timestep.numel() != 1:
-            raise ValueError(f"a step has one timestep, got a tensor of shape {tuple(timestep.shape)}")
-        if not self._is_due(timestep):
-            raise ValueError(self._why_not_due(float(timestep), index))
-        if model_output.shape != sample.shape:
-            raise ValueError(
-                f"the network's output must have the shape of the sample, {tuple(sample.shape)}, "
-                f"got {tuple(model_output.shape)}"
-            )
-        return index
-
-    def _why_not_due(self, timestep: float, index: int) -> str:
-        count = len(self._timestep_list)
-        if index >= count:
-            return f"all {count} steps of the schedule are done; call set_timesteps to begin anew"
-        due = f"step {index} of {count} has the timestep {self._timestep_list[index]}, got {timestep}"
-        near = min(range(count), key=lambda i: abs(self._timestep_list[i] - timestep))
-        if abs(self._timestep_list[near] - timestep) <= 1e-3:
-            return f"{due}, which is step {near}: set_begin_index({near}) begins there"
-        return f"{due}, which is not in the schedule; pass the entries of scheduler.timesteps in their order"
-
-    def _advance(self, index: int, prev_sample: Tensor, model_output: Tensor, sample: Tensor) -> None:
-        """Go to the next position, unless the sample is not finite.
-
-        On a GPU the check is read once, behind the last step: reading it would make every step wait for the device.
-        """
-        self._step_index = index + 1
-        self._totals.append(prev_sample.sum(dtype=wide(prev_sample.dtype)))
-        if prev_sample.device.type != "cpu" and self._step_index < len(self._timestep_list):
-            return
-        for i, total in enumerate(torch.stack(self._totals).tolist(), self._step_index - len(self._totals)):
-            if not math.isfinite(total):
-                raise ValueError(self._why_not_finite(i, prev_sample, model_output, sample))
-        self._totals.clear()
-
-    def _why_not_finite(self, index: int, prev_sample: Tensor, model_output: Tensor, sample: Tensor) -> str:
-        bad = {
-            name: int((~torch.isfinite(x)).sum())
-            for name, x in (("sample", sample), ("network's output", model_output), ("next sample", prev_sample))
-        }
-        found = ", ".join(f"{count} of the {name}" for name, count in bad.items() if count)
-        return (
-            f"the sample is not finite at step {index} of {len(self._timestep_list)} "
-            f"(timestep {self._timestep_list[index]:.6g}): {found or 'none'} of {sample.numel()} entries are not"
-        )
-
-
-def whole(name: str, value: Any) -> int:
-    """Return a positive whole number."""
-    check_interval(name, value, 1)
-    if value != int(value):
-        raise ValueError(f"{name} must be a whole number, got {value}")
-    return int(value)
+        self._take_schedule([self.timestep_at(rho) for rho in rhos], device)
+        # what a network reads of a log state, as (log_x - offset) * scale with numbers, where it is that
+        self._inputs: list[tuple[float, Any]] = []
+        mean, std = self.parametrization.log_mean, self.parametrization.log_std
+        if not (isinstance(mean, Sequence) or isinstance(std, Sequence) or self.config.prediction_type == "stein"):
+            self._inputs = [(shift + mean, preconditioning(rho, std).c_in) for shift, rho in self._levels]

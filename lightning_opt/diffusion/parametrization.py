@@ -149,10 +149,11 @@ class Parametrization:
 
     def network_input(self, log_state: Tensor, mean_shift: float | Tensor, rho: float | Tensor) -> Tensor:
         """What the network reads, of the dtype of ``log_state``."""
+        dtype, log_state = log_state.dtype, log_state.to(wide(log_state.dtype))
         if self.prediction_type == "stein":
-            return log_state.exp()
+            return log_state.exp().to(dtype)
         mean, std = self.moments(log_state)
-        return ((log_state - (mean_shift + mean)) * preconditioning(rho, std).c_in).to(log_state.dtype)
+        return ((log_state - (mean_shift + mean)) * preconditioning(rho, std).c_in).to(dtype)
 
     def affine(
         self, mean_shift: float | Tensor, rho: float | Tensor, mean: float | Tensor, std: float | Tensor

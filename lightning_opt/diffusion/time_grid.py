@@ -1,16 +1,34 @@
-from typing import Literal
+from typing import Literal, Protocol
 
 from lightning_opt._checks import check_choice, check_interval
-
-from .process import GeometricBrownianMotion
 
 Spacing = Literal["t", "rho", "log"]
 SPACINGS = ("t", "rho", "log")
 
 
-def noise_levels(
-    process: GeometricBrownianMotion, num_steps: int, spacing: Spacing = "t", order: float = 2.0
-) -> list[float]:
+class NoiseInTime(Protocol):
+    """What a grid asks of a process: the range of its noise levels, and their times."""
+
+    @property
+    def rho_min(self) -> float:
+        """Smallest noise level at which the network is called."""
+
+    @property
+    def largest_rho(self) -> float:
+        """Largest noise level."""
+
+    @property
+    def t_end(self) -> float:
+        """The time of the largest noise level."""
+
+    def rho(self, t: float, /) -> float:
+        """The noise level at a time."""
+
+    def time(self, rho: float, /) -> float:
+        """The time of a noise level."""
+
+
+def noise_levels(process: NoiseInTime, num_steps: int, spacing: Spacing = "t", order: float = 2.0) -> list[float]:
     r"""The noise levels of a schedule, from the largest down to the smallest and then to 0.
 
     ``num_steps`` levels are where the network is called; the last step leads from the smallest, at which it is still
@@ -25,7 +43,7 @@ def noise_levels(
     ============= ===========================================================================
 
     Args:
-        process: The forward process.
+        process: The forward process, such as :class:`GeometricBrownianMotion`.
         num_steps: Network calls, 1 or more.
         spacing: One of the above.
         order: :math:`k`, positive; without meaning for ``"log"``.
@@ -37,6 +55,7 @@ def noise_levels(
         ValueError: If the spacing is unknown or a number out of its range.
 
     Example:
+        >>> from lightning_opt.diffusion import GeometricBrownianMotion
         >>> process = GeometricBrownianMotion(sigma=0.8, rho_min=0.1)
         >>> [round(rho, 3) for rho in noise_levels(process, 3, "rho", order=1)]
         [0.8, 0.45, 0.1, 0.0]
