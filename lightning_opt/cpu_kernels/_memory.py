@@ -121,7 +121,7 @@ def storer(dtypes, work, written=None):
     @intrinsic
     def store(typingctx, slots, i, values, key):
         if tuple(values) != (work,) * len(written):
-            raise TypeError(f"an update must return {len(written)} values, each a {work}, got {values}")
+            raise TypeError(f"an update must return all {len(written)} results as {work}, got {values}")
 
         def codegen(context, builder, signature, args):
             for n, k in enumerate(written):
