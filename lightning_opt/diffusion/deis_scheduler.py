@@ -88,10 +88,10 @@ class DEISScheduler(SchedulePlace):
         >>> scheduler = DEISScheduler.from_config(DDPMScheduler().config, deis_type="t_ab", spacing="t")
         >>> scheduler.set_timesteps(10)
         >>> sample = noise = torch.ones(2, 3)
-        >>> for t in scheduler.timesteps:  # the noise itself is predicted: nothing is left
-        ...     sample = scheduler.step(noise * (1 + scheduler.rho_at(t) ** -2) ** -0.5, t, sample).prev_sample
-        >>> sample.shape
-        torch.Size([2, 3])
+        >>> for t in scheduler.timesteps:  # a network that finds all of the noise
+        ...     sample = scheduler.step(noise, t, sample).prev_sample
+        >>> bool(sample.abs().max() < 0.01)
+        True
     """
 
     _compatibles = [
@@ -245,13 +245,17 @@ class DEISScheduler(SchedulePlace):
             timesteps: Times of the steps in place of the grid, decreasing.
 
         Raises:
-            ValueError: If it is not said how many steps, or there are fewer than the solver's order, or levels do not
-                decrease.
+            ValueError: If it is not said how many steps, or twice and differently, there are fewer than the solver's
+                order, or levels do not decrease.
         """
         c = self.config
-        given = [len(levels) for levels in (sigmas, timesteps) if levels is not None]
-        if not given and num_inference_steps is None:
+        if sigmas is not None and timesteps is not None:
+            raise ValueError("give sigmas or timesteps, not both")
+        own = sigmas if sigmas is not None else timesteps
+        if own is None and num_inference_steps is None:
             raise ValueError("give num_inference_steps, sigmas or timesteps")
+        if own is not None and num_inference_steps not in (None, len(own)):
+            raise ValueError(f"num_inference_steps is {num_inference_steps}, but there are {len(own)} levels")
         if c.use_dynamic_shifting and mu is None and c.noise_schedule == "flow":
             raise ValueError("mu must be given with use_dynamic_shifting=True")
         if sigmas is not None:
@@ -260,8 +264,6 @@ class DEISScheduler(SchedulePlace):
             rho = self._closed([self.noise.rho(float(t)) for t in timesteps])
         else:
             rho = self._grid(whole("num_inference_steps", num_inference_steps))
-        if timesteps is not None and sigmas is not None and len(sigmas) != len(timesteps):
-            raise ValueError(f"sigmas and timesteps must be of one length, got {given}")
         levels = torch.tensor(rho, dtype=torch.float64) * self._shift(mu)
         self._plan = Plan(
             levels,

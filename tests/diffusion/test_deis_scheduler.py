@@ -355,8 +355,8 @@ def test_noise_is_added_as_diffusers_does():
         ({"spacing": "karras"}, "spacing must be one of"),
         ({"spacing_order": 0.0}, "spacing_order"),
         ({"flow_shift": 0.0}, "flow_shift"),
-        ({"sigma_max": 1e6}, "rho_max"),
-        ({"noise_schedule": "ve", "sigma_min": 100.0}, "sigma_max"),
+        ({"sigma_max": 1e6}, "the largest noise level must be in"),
+        ({"noise_schedule": "ve", "sigma_min": 100.0}, "the largest noise level must be > 100"),
         ({"trained_betas": [0.1, 1.5, 0.2]}, "alphas_cumprod"),
     ],
 )
@@ -391,8 +391,10 @@ def test_wrong_use():
         scheduler.set_timesteps()
     with pytest.raises(ValueError, match="falling"):
         scheduler.set_timesteps(timesteps=[900, 900, 500, 10])
-    with pytest.raises(ValueError, match="one length"):
-        scheduler.set_timesteps(timesteps=[900, 800, 500, 10], sigmas=[3.0, 2.0, 1.0])
+    with pytest.raises(ValueError, match="not both"):
+        scheduler.set_timesteps(timesteps=[900, 800, 500], sigmas=[3.0, 2.0, 1.0])
+    with pytest.raises(ValueError, match="is 4, but there are 3 levels"):
+        scheduler.set_timesteps(4, sigmas=[3.0, 2.0, 1.0])
     scheduler.set_timesteps(5)
     with pytest.raises(ValueError, match="not in the schedule"):
         scheduler.step(x, 3.3, x)
