@@ -56,7 +56,12 @@ def read_result(name: str) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def paired_times(functions: dict[str, Callable[[], Any]], rounds: int, warmup: int = 3) -> dict[str, list[float]]:
+def paired_times(
+    functions: dict[str, Callable[[], Any]],
+    rounds: int,
+    warmup: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Time callables in one process, one call of each a round, so that a disturbance hits all of them alike.
 
     The order turns by one every round, so that none always runs behind the same neighbor. With CUDA in use, the device
@@ -66,6 +71,7 @@ def paired_times(functions: dict[str, Callable[[], Any]], rounds: int, warmup: i
         functions: Name to callable.
         rounds: Timed calls of each.
         warmup: Untimed calls of each before.
+        clock: What is read before and behind a call; ``time.process_time`` where others use the processor.
 
     Returns:
         For each name the seconds of its calls; entry i of all lists belongs to round i.
@@ -81,10 +87,10 @@ def paired_times(functions: dict[str, Callable[[], Any]], rounds: int, warmup: i
         for name in names[start:] + names[:start]:
             function = functions[name]
             synchronize()
-            begin = time.perf_counter()
+            begin = clock()
             function()
             synchronize()
-            times[name].append(time.perf_counter() - begin)
+            times[name].append(clock() - begin)
     return times
 
 
