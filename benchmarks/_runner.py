@@ -47,7 +47,12 @@ def write_result(name: str, payload: dict[str, Any]) -> Path:
     return path
 
 
-def paired_times(functions: dict[str, Callable[[], Any]], rounds: int, warmup: int = 3) -> dict[str, list[float]]:
+def paired_times(
+    functions: dict[str, Callable[[], Any]],
+    rounds: int,
+    warmup: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Time callables in one process, one call of each a round, so that a disturbance hits all of them alike.
 
     The order turns by one every round, so that none always runs behind the same neighbor. With CUDA in use, the device
@@ -57,6 +62,7 @@ def paired_times(functions: dict[str, Callable[[], Any]], rounds: int, warmup: i
         functions: Name to callable.
         rounds: Timed calls of each.
         warmup: Untimed calls of each before.
+        clock: What is read before and behind a call; ``time.process_time`` where others use the processor.
 
     Returns:
         For each name the seconds of its calls; entry i of all lists belongs to round i.
@@ -72,10 +78,10 @@ def paired_times(functions: dict[str, Callable[[], Any]], rounds: int, warmup: i
         for name in names[start:] + names[:start]:
             function = functions[name]
             synchronize()
-            begin = time.perf_counter()
+            begin = clock()
             function()
             synchronize()
-            times[name].append(time.perf_counter() - begin)
+            times[name].append(clock() - begin)
     return times
 
 

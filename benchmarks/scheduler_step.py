@@ -3,11 +3,13 @@
 Run with ``python benchmarks/scheduler_step.py``; writes ``benchmarks/results/scheduler_step.json`` (with ``_cuda`` on a
 GPU). A turn is a whole schedule with a fixed tensor for the network's output: ``set_timesteps``, and
 ``scale_model_input`` and ``step`` for each of its steps. Every comparison alternates the two schedulers in one process
-and reports the median of the paired ratios.
+and reports the median of the paired ratios. ``--clock cpu`` takes the processor time of the process, which other work
+on the machine disturbs less.
 """
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable
 from importlib import metadata
 from typing import Any
@@ -27,6 +29,7 @@ MODEL = {"rho_max": 4.0, "log_mean": 0.1, "log_std": 0.25}
 Make = Callable[[], Any]
 PAIRS: dict[str, tuple[Make, Make, str]] = {
     "dale / DDPM": (lambda: GBMScheduler(sampler="dale", **MODEL), DDPMScheduler, "stochastic"),
+    "dale, fused / DDPM": (lambda: GBMScheduler(sampler="dale", fused=True, **MODEL), DDPMScheduler, "stochastic"),
     "exp_euler / DDPM": (lambda: GBMScheduler(sampler="exp_euler", **MODEL), DDPMScheduler, "stochastic"),
     "ambient / DDPM": (lambda: GBMScheduler(sampler="ambient", **MODEL), DDPMScheduler, "stochastic"),
     "ode / DEIS": (lambda: GBMScheduler(sampler="ode", **MODEL), DEISMultistepScheduler, "deterministic"),
@@ -55,7 +58,7 @@ def schedule(scheduler: Any, shape: tuple[int, ...], device: str) -> Callable[[]
     return turn
 
 
-def noise_time(shape: tuple[int, ...], device: str, rounds: int) -> float:
+def noise_time(shape: tuple[int, ...], device: str, rounds: int, clock: Callable[[], float]) -> float:
     """Seconds of drawing the noise of a step: what every stochastic scheduler pays."""
     generator = torch.Generator(device).manual_seed(0)
 
@@ -63,7 +66,7 @@ def noise_time(shape: tuple[int, ...], device: str, rounds: int) -> float:
         for _ in range(STEPS):
             torch.randn(shape, generator=generator, device=device)
 
-    return statistics.median(paired_times({"noise": draw}, rounds)["noise"]) / STEPS
+    return statistics.median(paired_times({"noise": draw}, rounds, clock=clock)["noise"]) / STEPS
 
 
 def main() -> None:
@@ -72,20 +75,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=21, help="pairs of timed schedules")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--clock", default="wall", choices=["wall", "cpu"])
     options = parser.parse_args()
+    clock = time.perf_counter if options.clock == "wall" else time.process_time
     torch.set_num_threads(options.threads)
     rows = []
     print(
         f"{'microseconds a step':24}{'sample':>16}{'ours':>9}{'theirs':>9}{'noise':>8}{'ratio':>8}{'  10% - 90%':>15}"
     )
     for shape in SHAPES:
-        noise = noise_time(shape, options.device, options.rounds)
+        noise = noise_time(shape, options.device, options.rounds, clock)
         for name, (ours, theirs, kind) in PAIRS.items():
             turns = {
                 "ours": schedule(ours(), shape, options.device),
                 "theirs": schedule(theirs(), shape, options.device),
             }
-            times = paired_times(turns, options.rounds, warmup=2)
+            times = paired_times(turns, options.rounds, warmup=2, clock=clock)
             ratio = ratio_summary(times, "ours", "theirs")
             row = {
                 "pair": name,
@@ -105,6 +110,7 @@ def main() -> None:
         "diffusers": metadata.version("diffusers"),
         "steps": STEPS,
         "rounds": options.rounds,
+        "clock": options.clock,
         "target": TARGET,
         "rows": rows,
     }

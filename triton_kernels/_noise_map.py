@@ -16,7 +16,6 @@ from torch import Tensor
 from ._philox import normals
 from ._support import unsupported
 
-unsupported_map = unsupported
 _BLOCK, _WARPS = 512, 4  # a thread has 4 elements: a counter's worth of noise, and 16 bytes of float32
 
 

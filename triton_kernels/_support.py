@@ -21,6 +21,9 @@ def unsupported(dtype: torch.dtype) -> str | None:
     return _missing()
 
 
+unsupported_map = unsupported  # the elementwise kernels support the same dtypes; on the CPU they support others
+
+
 @functools.cache
 def _missing() -> str | None:
     try:

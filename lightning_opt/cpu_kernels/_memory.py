@@ -36,6 +36,27 @@ def put(typingctx, address, i, value):
 
 
 @intrinsic
+def put_word(typingctx, address, i, value):
+    """Write the low 32 bits of a uint64 at number i of a row of uint32."""
+
+    def codegen(context, builder, signature, args):
+        builder.store(builder.trunc(args[2], _INT32), _pointer(builder, args[0], _INT32, args[1]))
+        return context.get_dummy_value()
+
+    return types.none(address, i, types.uint64), codegen
+
+
+@intrinsic
+def word(typingctx, address, i):
+    """Number i of a row of uint32."""
+
+    def codegen(context, builder, signature, args):
+        return builder.load(_pointer(builder, args[0], _INT32, args[1]))
+
+    return types.uint32(address, i), codegen
+
+
+@intrinsic
 def take(typingctx, table, i):
     """Number i of a table of int64, which grows by one; no two threads get the same."""
 
@@ -100,7 +121,7 @@ def storer(dtypes, work, written=None):
     @intrinsic
     def store(typingctx, slots, i, values, key):
         if tuple(values) != (work,) * len(written):
-            raise TypeError(f"an update must return {len(written)} values, each a {work}, got {values}")
+            raise TypeError(f"an update must return all {len(written)} results as {work}, got {values}")
 
         def codegen(context, builder, signature, args):
             for n, k in enumerate(written):

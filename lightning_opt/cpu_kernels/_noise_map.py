@@ -1,5 +1,6 @@
 """The launcher of elementwise CPU kernels that may draw normal noise as they go."""
 
+import itertools
 from collections import namedtuple
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -69,25 +70,30 @@ def launch_map(
     kernel = _kernel(
         name,
         tuple(flags.items()),
-        tuple((n, _DTYPES[t.dtype]) for n, t in inputs.items()),
-        tuple(_DTYPES[t.dtype] for t in outputs),
+        tuple([(n, _DTYPES[t.dtype]) for n, t in inputs.items()]),
+        tuple([_DTYPES[t.dtype] for t in outputs]),
         tuple(coefficients),
         key is not None,
     )
     table = _table(coefficients)
     threads = max(1, min(torch.get_num_threads(), size // _ELEMENTS_A_THREAD))
     pieces = 1 if threads == 1 else 4 * threads  # a thread that is held up leaves pieces to the others
-    bounds = np.arange(pieces + 1) * size // pieces // _BLOCK * _BLOCK
-    bounds[-1] = size
-    noise = np.empty((threads, _BLOCK), np.float32)
-    addresses = np.array([tensor.data_ptr() for tensor in tensors], np.int64)
-    seed, offset = key or (0, 0)
-    numbers = np.array([seed, offset], np.uint64).view(np.int64)
-    tables = [addresses, table, bounds, noise]
-    job = np.array(
-        [*(t.ctypes.data for t in tables), len(table) > 1, size // len(table), *numbers, pieces, 0, 0], np.int64
-    )
-    _threads.run(kernel, job.ctypes.data, threads)
+    bounds = [piece * size // pieces // _BLOCK * _BLOCK for piece in range(pieces)] + [size]
+    # All that the kernel reads lies in one block of memory, since asking for an address takes longer than the rest: the
+    # job, the addresses, the bounds, the coefficients, and for each thread its noise and the words that it is made of.
+    places = list(itertools.accumulate([11, len(tensors), len(bounds), (table.size + 1) // 2]))
+    memory = np.empty(places[-1] + (threads * _BLOCK if key else 0), np.int64)
+    base = memory.ctypes.data
+    seed, offset = (word - (word >> 63 << 64) for word in key or (0, 0))  # as signed numbers
+    rows = len(table)
+    memory[: places[2]] = [
+        *(base + 8 * place for place in places),
+        *(rows > 1, size // rows, seed, offset, pieces, 0, 0),
+        *map(Tensor.data_ptr, tensors),
+        *bounds,
+    ]
+    memory[places[2] : places[3]].view(np.float32)[: table.size] = table.reshape(-1)
+    _threads.run(kernel, base, threads)
 
 
 @cache
@@ -97,10 +103,14 @@ def _kernel(*key: Any) -> Callable[[int], None]:
 
 def _table(coefficients: Mapping[str, float | Tensor]) -> np.ndarray:
     """The coefficients as one line for all rows, or a line for each."""
-    lines = max([1, *(value.numel() for value in coefficients.values() if isinstance(value, Tensor))])
-    table = np.empty((lines, len(coefficients)), np.float32)
-    for k, value in enumerate(coefficients.values()):
-        table[:, k] = value.detach().reshape(-1) if isinstance(value, Tensor) else value
+    values = [v.detach().reshape(-1).numpy() if isinstance(v, Tensor) else v for v in coefficients.values()]
+    lines = max([1, *(v.size for v in values if isinstance(v, np.ndarray))])
+    table = np.empty((lines, len(values)), np.float32)
+    if lines == 1:
+        table[0] = values
+    else:
+        for k, value in enumerate(values):
+            table[:, k] = value
     return table
 
 
@@ -135,11 +145,13 @@ def _compiled(
     def kernel(addresses, table, per_row, length, seed, offset, scratch, begin, end):
         # Elements from begin, a multiple of the block, to end.
         tensors = slots_of(addresses, 0)
-        key0, key1 = numba.uint32(seed), numba.uint32(numba.uint64(seed) >> numba.uint64(32))
+        key0, key1 = numba.uint64(seed) & numba.uint64(2**32 - 1), numba.uint64(seed) >> numba.uint64(32)
+        words = scratch + 4 * block_size
         for block in range(begin, end, block_size):
             last = min(block + block_size, end)
             if philox:
-                draw(scratch, numba.uint64(offset) + numba.uint64(block // 4), (last - block + 3) // 4, key0, key1)
+                first, groups = numba.uint64(offset) + numba.uint64(block // 4), (last - block + 3) // 4
+                draw(scratch, words, first, groups, key0, key1)
                 slots = tensors + (scratch - 4 * block,)
             else:
                 slots = tensors
@@ -155,8 +167,8 @@ def _compiled(
     kernel = numba.njit(types.void(*[types.int64] * 9), **options)(kernel)
 
     def work(job):
-        addresses, table, bounds, noise = item(job, 0), item(job, 1), item(job, 2), item(job, 3)
-        scratch = noise + 4 * block_size * take(job, 10)  # a row of the noise for each thread
+        addresses, bounds, table, noise = item(job, 0), item(job, 1), item(job, 2), item(job, 3)
+        scratch = noise + 8 * block_size * take(job, 10)  # a row of the noise for each thread
         piece = take(job, 9)
         while piece < item(job, 8):
             begin, end = item(bounds, piece), item(bounds, piece + 1)

@@ -8,62 +8,56 @@ import numpy as np
 from numba import types
 from numba.extending import register_jitable
 
-from ._memory import put
+from ._memory import put, put_word, word
 from .fast_exp import fma
 
 _INLINED = register_jitable(forceinline=True)  # a call would keep the loop from being vectorized
 
 _MULTIPLIER0, _MULTIPLIER1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-_WEYL0, _WEYL1 = np.uint32(0x9E3779B9), np.uint32(0xBB67AE85)
+_WEYL0, _WEYL1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 _LOW, _WORD = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 
 @cache
 def normals():
-    """The function ``(place, first, groups, key0, key1)`` that writes normal numbers, compiled once for all kernels.
+    """The function ``(place, words, first, groups, key0, key1)`` that writes normal numbers, compiled once for all.
 
-    It writes the four numbers of each of some counters, beginning with ``first``, as float32 at an address.
+    It writes the four numbers of each of some counters, beginning with ``first``, as float32 at the address ``place``;
+    there is room for their four words at the address ``words``.
     """
 
-    def write(place, first, groups, key0, key1):
+    def write(place, words, first, groups, key0, key1):
+        # Two loops, since Philox computes in 64 bits and the rest in 32: a vector of each has another length.
         for g in range(groups):
             counter = first + np.uint64(g)
-            low, high = np.uint32(counter & _LOW), np.uint32(counter >> _WORD)
-            a, b, c, d = philox(low, high, np.uint32(0), np.uint32(0), key0, key1)
-            z0, z1 = box_muller(a, b)
-            z2, z3 = box_muller(c, d)
+            a, b, c, d = philox(counter & _LOW, counter >> _WORD, np.uint64(0), np.uint64(0), key0, key1)
+            put_word(words, g, a)
+            put_word(words, groups + g, b)
+            put_word(words, 2 * groups + g, c)
+            put_word(words, 3 * groups + g, d)
+        for g in range(groups):
+            z0, z1 = box_muller(word(words, g), word(words, groups + g))
+            z2, z3 = box_muller(word(words, 2 * groups + g), word(words, 3 * groups + g))
             put(place, 4 * g, z0)
             put(place, 4 * g + 1, z1)
             put(place, 4 * g + 2, z2)
             put(place, 4 * g + 3, z3)
 
-    signature = types.void(types.int64, types.uint64, types.int64, types.uint32, types.uint32)
+    signature = types.void(types.int64, types.int64, types.uint64, types.int64, types.uint64, types.uint64)
     return numba.njit(signature, error_model="numpy", no_cfunc_wrapper=True, no_cpython_wrapper=True)(write)
 
 
 @_INLINED
 def philox(c0, c1, c2, c3, key0, key1):
-    """Philox4x32-10 (Salmon et al., 2011): four random uint32 from four of a counter and two of a key."""
-    c0, c1, c2, c3, key0, key1 = _round(c0, c1, c2, c3, key0, key1)
-    c0, c1, c2, c3, key0, key1 = _round(c0, c1, c2, c3, key0, key1)
-    c0, c1, c2, c3, key0, key1 = _round(c0, c1, c2, c3, key0, key1)
-    c0, c1, c2, c3, key0, key1 = _round(c0, c1, c2, c3, key0, key1)
-    c0, c1, c2, c3, key0, key1 = _round(c0, c1, c2, c3, key0, key1)
-    c0, c1, c2, c3, key0, key1 = _round(c0, c1, c2, c3, key0, key1)
-    c0, c1, c2, c3, key0, key1 = _round(c0, c1, c2, c3, key0, key1)
-    c0, c1, c2, c3, key0, key1 = _round(c0, c1, c2, c3, key0, key1)
-    c0, c1, c2, c3, key0, key1 = _round(c0, c1, c2, c3, key0, key1)
-    c0, c1, c2, c3, key0, key1 = _round(c0, c1, c2, c3, key0, key1)
+    """Philox4x32-10 (Salmon et al., 2011): four random words from four of a counter and two of a key.
+
+    All are uint64 whose low 32 bits count: products of 64 bits take no conversions then.
+    """
+    for _ in range(10):
+        p, q = _MULTIPLIER0 * (c0 & _LOW), _MULTIPLIER1 * (c2 & _LOW)
+        c0, c1, c2, c3 = (q >> _WORD) ^ c1 ^ key0, q, (p >> _WORD) ^ c3 ^ key1, p
+        key0, key1 = key0 + _WEYL0, key1 + _WEYL1
     return c0, c1, c2, c3
-
-
-@_INLINED
-def _round(c0, c1, c2, c3, key0, key1):
-    p = _MULTIPLIER0 * np.uint64(c0)
-    q = _MULTIPLIER1 * np.uint64(c2)
-    c0 = np.uint32(np.uint32(q >> _WORD) ^ c1 ^ key0)
-    c2 = np.uint32(np.uint32(p >> _WORD) ^ c3 ^ key1)
-    return c0, np.uint32(q & _LOW), c2, np.uint32(p & _LOW), np.uint32(key0 + _WEYL0), np.uint32(key1 + _WEYL1)
 
 
 _TO_UNIT, _HALF_UNIT, _TO_ANGLE = np.float32(2**-32), np.float32(2**-33), np.float32(2 * math.pi / 2**32)

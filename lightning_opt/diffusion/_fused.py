@@ -138,6 +138,8 @@ def broadcast(name: str, value: Number, like: Tensor) -> Number:
 def _rows(numbers: Mapping[str, Number], shape: torch.Size) -> dict[str, Number]:
     """Coefficients as floats, or vectors with one for each of equal parts of a tensor of this shape."""
     tensors = {n: v[(None,) * (len(shape) - v.ndim)] for n, v in numbers.items() if isinstance(v, Tensor)}
+    if not tensors:
+        return dict(numbers)
     depth = max([0, *(i + 1 for v in tensors.values() for i, size in enumerate(v.shape) if size > 1)])
     lead = (*shape[:depth], *[1] * (len(shape) - depth))
     return {**numbers, **{n: v.expand(lead).reshape(-1) if v.numel() > 1 else v for n, v in tensors.items()}}

@@ -74,6 +74,7 @@ class Integrator:
             moved = shift(call.rho_next) - factor * shift(start)
             self._updates.append(_Update(factor, moved, coefficients, call.stage))
         self._longest = max(len(update.coefficients) for update in self._updates)
+        self._staged = any(update.stage for update in self._updates)
         self._done = 0
         self._history: list[Tensor] = []
         self._start = torch.empty(0)
@@ -84,7 +85,7 @@ class Integrator:
         Args:
             call: Its place in the plan: the next, or one of the last few again, which is then done anew.
             x: The sample at the call, float32 or float64.
-            epsilon: The noise predicted there.
+            epsilon: The noise predicted there; it is kept.
 
         Raises:
             ValueError: If the shape is another than in the calls before.
@@ -97,7 +98,7 @@ class Integrator:
             )
         update = self._updates[call]
         if update.stage == 0:
-            self._start = x
+            self._start = x.clone() if self._staged else x  # the caller's, who may change it between stages
         self._history.insert(0, epsilon)
         del self._history[self._longest :]
         self._done = call + 1

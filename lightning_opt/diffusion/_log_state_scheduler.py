@@ -168,7 +168,8 @@ class LogStateScheduler(SchedulePlace):
         times = [self.process.time(rho) for rho in rhos]
         self._levels = [(self.process.mean_shift(t), rho) for t, rho in zip(times, rhos, strict=True)]
         self._take_schedule([self.timestep_at(rho) for rho in rhos], device)
-        p = self.parametrization
-        plain = not p.per_channel and p.prediction_type != "stein"
-        # what a network reads of a log state, as ``(log_x - offset) * scale``
-        self._inputs = [(m + p.log_mean, preconditioning(rho, p.log_std).c_in) for m, rho in self._levels if plain]
+        # what a network reads of a log state, as (log_x - offset) * scale with numbers, where it is that
+        self._inputs: list[tuple[float, Any]] = []
+        mean, std = self.parametrization.log_mean, self.parametrization.log_std
+        if not (isinstance(mean, Sequence) or isinstance(std, Sequence) or self.config.prediction_type == "stein"):
+            self._inputs = [(shift + mean, preconditioning(rho, std).c_in) for shift, rho in self._levels]

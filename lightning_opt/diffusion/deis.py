@@ -86,7 +86,7 @@ class NetworkCall(NamedTuple):
     stage: int
 
 
-@register("tool", summary="Coefficients of exponential integrators for diffusion ODEs", paper="2204.13902", card="deis")
+@register("tool", summary="Coefficients of exponential integrators for diffusion ODEs", paper="2204.13902")
 def deis_coefficients(
     rho: Tensor, order: int | Sequence[int], basis: Basis = "rho", *, time: TimeMap | None = None
 ) -> Tensor:
@@ -203,8 +203,8 @@ def network_calls(
         single_steps, tableau = _start(order, warmup)
         calls = _multistep(rho, algorithm, order, lower_order_final, max(0, single_steps - skip), tableau, time)
     if denoise and calls[-1].rho_next > 0:
-        newest, *others = calls[-1].coefficients
-        calls[-1] = calls[-1]._replace(rho_next=0.0, coefficients=(newest - calls[-1].rho_next, *others))
+        rho_last, rho_next, (newest, *others), stage = calls[-1]
+        calls[-1] = NetworkCall(rho_last, 0.0, (newest - rho_next, *others), stage)
     return calls
 
 

@@ -91,10 +91,10 @@ class DEISScheduler(SchedulePlace):
         >>> scheduler = DEISScheduler.from_config(DDPMScheduler().config, deis_type="t_ab", spacing="t")
         >>> scheduler.set_timesteps(10)
         >>> sample = noise = torch.ones(2, 3)
-        >>> for t in scheduler.timesteps:  # the noise itself is predicted: nothing is left
-        ...     sample = scheduler.step(noise * (1 + scheduler.rho_at(t) ** -2) ** -0.5, t, sample).prev_sample
-        >>> sample.shape
-        torch.Size([2, 3])
+        >>> for t in scheduler.timesteps:  # a network that finds all of the noise
+        ...     sample = scheduler.step(noise, t, sample).prev_sample
+        >>> bool(sample.abs().max() < 0.01)
+        True
     """
 
     _compatibles = [
@@ -122,7 +122,7 @@ class DEISScheduler(SchedulePlace):
         sigma_min: float | None = None,
         sigma_max: float | None = None,
         deis_type: str = "ipndm",
-        solver_order: int = 4,
+        solver_order: int = 3,
         warmup: Warmup = "low_order",
         lower_order_final: bool = True,
         final_sigmas_type: Literal["zero", "sigma_min"] = "zero",
@@ -248,13 +248,17 @@ class DEISScheduler(SchedulePlace):
             timesteps: Times of the steps in place of the grid, decreasing.
 
         Raises:
-            ValueError: If it is not said how many steps, or there are fewer than the solver's order, or levels do not
-                decrease.
+            ValueError: If it is not said how many steps, or twice and differently, there are fewer than the solver's
+                order, or levels do not decrease.
         """
         c = self.config
-        given = [len(levels) for levels in (sigmas, timesteps) if levels is not None]
-        if not given and num_inference_steps is None:
+        if sigmas is not None and timesteps is not None:
+            raise ValueError("give sigmas or timesteps, not both")
+        own = sigmas if sigmas is not None else timesteps
+        if own is None and num_inference_steps is None:
             raise ValueError("give num_inference_steps, sigmas or timesteps")
+        if own is not None and num_inference_steps not in (None, len(own)):
+            raise ValueError(f"num_inference_steps is {num_inference_steps}, but there are {len(own)} levels")
         if c.use_dynamic_shifting and mu is None and c.noise_schedule == "flow":
             raise ValueError("mu must be given with use_dynamic_shifting=True")
         if sigmas is not None:
@@ -263,8 +267,6 @@ class DEISScheduler(SchedulePlace):
             rho = self._closed([self.noise.rho(float(t)) for t in timesteps])
         else:
             rho = self._grid(whole("num_inference_steps", num_inference_steps))
-        if timesteps is not None and sigmas is not None and len(sigmas) != len(timesteps):
-            raise ValueError(f"sigmas and timesteps must be of one length, got {given}")
         levels = torch.tensor(rho, dtype=torch.float64) * self._shift(mu)
         self._plan = Plan(
             levels,
@@ -311,7 +313,9 @@ class DEISScheduler(SchedulePlace):
             self._first, self._integrator = index, self._plan.begin(index)
         x, output = sample.to(wide(sample.dtype)), model_output.to(wide(sample.dtype))
         state, scale = self._affine[index]
-        epsilon = output if scale == 1 and not state else torch.add(output * scale, x, alpha=state)
+        epsilon = torch.mul(output, scale)  # a copy in any case: a compiled network may write its next output over this
+        if state:
+            epsilon.add_(x, alpha=state)
         prev_sample = self._integrator.update(index - self._first, x, epsilon).to(sample.dtype)
         self._advance(index, prev_sample, model_output, sample)
         return SchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)

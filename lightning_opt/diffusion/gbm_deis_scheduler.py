@@ -1,5 +1,5 @@
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import SchedulerMixin  # noqa: F401  # diffusers looks for it here when it loads a pipeline
@@ -14,7 +14,7 @@ from ._log_state_scheduler import Generator, LogStateScheduler
 from ._schedule_place import whole
 from .deis import ALGORITHMS, TABLEAUS, Warmup
 from .gbm_scheduler import GBMSchedulerOutput
-from .parametrization import PredictionType, denoised_log, wide
+from .parametrization import PredictionType, wide
 from .process import GeometricBrownianMotion
 from .time_grid import Spacing, noise_levels
 
@@ -138,6 +138,10 @@ class GBMDEISScheduler(LogStateScheduler):
             time=process.time,
         )
         self._begin([call.rho for call in self._plan.calls], device)
+        p = self.parametrization
+        plain = not p.per_channel and p.prediction_type != "stein"
+        moments = p.moments(torch.empty(1)) if plain else (0.0, 1.0)
+        self._affine: list[tuple[Any, Any, Any]] = [p.affine(m, rho, *moments) for m, rho in self._levels if plain]
         self.sigmas = torch.tensor([*levels[:-1], self._plan.calls[-1].rho_next], dtype=torch.float32)
 
     def step(
@@ -164,12 +168,23 @@ class GBMDEISScheduler(LogStateScheduler):
         if self._step_index is None:
             self._first, self._integrator = index, self._plan.begin(index)
         log_x, output = sample.to(wide(sample.dtype)), model_output.to(wide(sample.dtype))
-        mean_shift, rho = self._levels[index]
-        epsilon = self.parametrization.epsilon(output, log_x, mean_shift, rho)
+        epsilon = self._epsilon(index, output, log_x)
         prev_sample = self._integrator.update(index - self._first, log_x, epsilon).to(sample.dtype)
-        denoised = denoised_log(epsilon, log_x, mean_shift, rho).to(sample.dtype)
+        mean_shift, rho = self._levels[index]
+        denoised = torch.sub(log_x, epsilon, alpha=rho)
+        denoised = (denoised.sub_(mean_shift) if mean_shift else denoised).to(sample.dtype)
         self._advance(index, prev_sample, model_output, sample)
         return GBMSchedulerOutput(prev_sample, denoised) if return_dict else (prev_sample, denoised)
+
+    def _epsilon(self, index: int, output: Tensor, log_x: Tensor) -> Tensor:
+        """The noise that the output stands for, in a tensor of its own."""
+        if not self._affine:
+            return self.parametrization.epsilon(output, log_x, *self._levels[index])
+        state, scale, constant = self._affine[index]
+        epsilon = torch.mul(output, scale)
+        if state:
+            epsilon.add_(log_x, alpha=state)
+        return epsilon.add_(constant) if constant else epsilon
 
 
 def _one(rho: float) -> float:

@@ -64,8 +64,8 @@ class VariancePreserving:
         least, most = math.exp(self._logs[0]), math.exp(self._logs[-1])
         self.rho_min = least if rho_min is None else rho_min
         self.largest_rho = most if rho_max is None else rho_max
-        check_interval("rho_min", self.rho_min, least, most)
-        check_interval("rho_max", self.largest_rho, self.rho_min, most, closed="(]")
+        check_interval("the smallest noise level", self.rho_min, least, most)
+        check_interval("the largest noise level", self.largest_rho, self.rho_min, most, closed="(]")
         self.t_end = self.time(self.largest_rho)
 
     def rho(self, t: Number) -> Number:
@@ -97,8 +97,8 @@ class VarianceExploding:
     """
 
     def __init__(self, rho_min: float, rho_max: float) -> None:
-        check_interval("sigma_min", rho_min, 0, closed="()")
-        check_interval("sigma_max", rho_max, rho_min, closed="()")
+        check_interval("the smallest noise level", rho_min, 0, closed="()")
+        check_interval("the largest noise level", rho_max, rho_min, closed="()")
         self.rho_min = rho_min
         self.largest_rho = self.t_end = rho_max
 

@@ -280,7 +280,7 @@ def test_an_update_that_leaves_the_compute_dtype_is_refused(monkeypatch):
 
     monkeypatch.setattr(lion, "lion", lambda kernel: lambda p, g, state, c: (p - 0.5 * g, g))
     _launch._kernel.cache_clear()
-    with pytest.raises(TypeError, match="must return the parameter and all states as float32"):
+    with pytest.raises(TypeError, match="must return all 2 results as float32"):
         descend([torch.randn(4)], [torch.randn(4)])
     _launch._kernel.cache_clear()
 

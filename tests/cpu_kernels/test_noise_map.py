@@ -1,10 +1,13 @@
 """The elementwise CPU kernels against formulas in doubles."""
 
+import re
+
 import pytest
 import torch
 
 from lightning_opt.cpu_kernels import launch_map
-from lightning_opt.cpu_kernels._noise_map import _BLOCK, _ELEMENTS_A_THREAD
+from lightning_opt.cpu_kernels._noise_map import _BLOCK, _ELEMENTS_A_THREAD, _compiled
+from lightning_opt.cpu_kernels._philox import normals
 from lightning_opt.diffusion import multiplicative_update, philox_normal
 from tests.reference.multiplicative import cases
 
@@ -79,6 +82,20 @@ def test_float16_takes_every_value_and_overflows_to_infinity():
     kept = multiplicative_update(x[~x.isnan()], log_state=True, fused=True)
     assert torch.equal(kept, x[~x.isnan()])
     assert multiplicative_update(torch.tensor([6e4]).half(), a=0.5, fused=True).item() == torch.inf
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_loops_are_vectorized(dtype):
+    """That of the update, and the two of the noise, of words and of numbers."""
+    flags = {"prediction": True, "noise": True, "log_state": False, "poly": True}
+    inputs = (("x", dtype), ("prediction", dtype))
+    kernel = _compiled("multiplicative_update", tuple(flags.items()), inputs, (dtype,), ("a", "b", "c"), True)
+    code = kernel.inspect_llvm()
+    stored = {"float32": "float", "bfloat16": "i16", "float16": "half"}[dtype]
+    assert re.search(rf"<(4|8|16) x {stored}>", code)
+    [noise] = normals().inspect_llvm().values()
+    assert re.search(r"mul nuw <\d+ x i64>", noise)
+    assert re.search(r"call <\d+ x float> @llvm\.sqrt", noise)
 
 
 def test_empty_tensors():

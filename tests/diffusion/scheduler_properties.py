@@ -420,6 +420,8 @@ def check_wrong_use_is_refused(cls, config, tmp_path):
     sample = prior(scheduler)
     with pytest.raises(ValueError, match="call set_timesteps before step"):
         step(scheduler, sample, 1.0, sample)
+    with pytest.raises(ValueError, match="call set_timesteps before, or give a timestep"):
+        scheduler.scale_model_input(sample)
     for steps in (0, -1, 2.5):
         with pytest.raises(ValueError, match="num_inference_steps must be"):
             scheduler.set_timesteps(steps)

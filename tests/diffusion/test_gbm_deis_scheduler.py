@@ -271,6 +271,20 @@ def test_switching_between_the_schedulers_keeps_the_model():
     assert second.config.algorithm_type == "rho_ab"
 
 
+@pytest.mark.parametrize("algorithm", ["rho_ab", "rk_3kutta"])
+def test_what_is_kept_is_a_copy(algorithm):
+    """A compiled network writes every output over the last, and a caller may change a sample that was used."""
+    toy, y = GaussianMixture(), torch.randn(20, dtype=F64)
+    scheduler = GBMDEISScheduler(prediction_type="epsilon", algorithm_type=algorithm)
+    expected = sample(scheduler, toy.epsilon, y, 5)
+    scheduler.set_timesteps(5)
+    buffer, y = torch.empty_like(y), y.clone()
+    for t, (_, rho) in zip(scheduler.timesteps, scheduler._levels, strict=True):
+        buffer.copy_(toy.epsilon(y, rho))
+        y.copy_(scheduler.step(buffer, t, y).prev_sample)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0)
+
+
 def test_half_precision_is_computed_in_float32():
     toy, y = GaussianMixture(), torch.randn(40)
     scheduler = GBMDEISScheduler(prediction_type="epsilon")

@@ -26,6 +26,8 @@ CONFIGS = [
         "log_std": [0.4, 0.7, 1.0],
         "to_positive": "identity",
     },
+    {"fused": True, "rho_max": 3.0, "sampler": "exp_euler", "mu": 0.1},
+    {"fused": True, "prediction_type": "stein", "log_mean": [0.1, 0.2, 0.3], "log_std": [0.4, 0.3, 0.5]},
     {"inner_steps": 2, "step_scale": 0.5, "denoise_final": False, "noise_anneal": 0.9999, "log_mean": [0.1, 0.2, 0.3]},
 ]
 
@@ -390,14 +392,33 @@ def test_signs_are_kept_for_a_thousand_random_steps():
         assert (log_x.exp() > 0).all()
 
 
+@pytest.mark.parametrize("config", [c for c in CONFIGS if c.get("sampler") != "ambient"], ids=str)
+def test_a_fused_step_is_the_other(config):
+    """With the same noise, from a list of generators: to the rounding of float32, which is once a number there."""
+    generator = torch.Generator().manual_seed(0)
+    results = []
+    for fused in (False, True):
+        scheduler = GBMScheduler(**{**config, "fused": fused})
+        scheduler.set_timesteps(5)
+        log_x = scheduler.sample_prior((2, 3, 8, 8), torch.Generator().manual_seed(0))
+        output = torch.randn(log_x.shape, generator=generator.manual_seed(1))
+        for t in scheduler.timesteps[:2]:
+            generators = [torch.Generator().manual_seed(seed) for seed in (2, 3)]
+            result = scheduler.step(output, t, log_x, generators)
+            log_x = result.prev_sample
+        results.append(result)
+    for unfused, fused in zip(results[0].to_tuple(), results[1].to_tuple(), strict=True):
+        torch.testing.assert_close(fused, unfused, rtol=2e-6, atol=2e-6)
+
+
 def test_noise_levels_of_ones_own():
     scheduler = GBMScheduler(prediction_type="epsilon", sampler="ode")
     for sigmas in ([0.8, 0.3, 0.1], [0.8, 0.3, 0.1, 0.0]):
         scheduler.set_timesteps(sigmas=sigmas)
         assert scheduler.sigmas.tolist() == pytest.approx([0.8, 0.3, 0.1, 0.0])
         assert scheduler.num_inference_steps == 3
-    for wrong in ([0.3, 0.8], [0.8, 0.8], [0.8, -0.1], [0.0]):
-        with pytest.raises(ValueError, match="sigmas must be positive and decrease"):
+    for wrong in ([0.3, 0.8], [0.8, 0.8], [0.8, -0.1], [0.0], [], [math.inf, 0.8], [math.nan, 0.8]):
+        with pytest.raises(ValueError, match="sigmas must be positive, finite and decrease"):
             scheduler.set_timesteps(sigmas=wrong)
     for kwargs in ({}, {"num_inference_steps": 3, "sigmas": [0.8]}):
         with pytest.raises(ValueError, match="give num_inference_steps or sigmas"):
@@ -422,6 +443,7 @@ def test_noise_levels_of_ones_own():
         ({"step_scale": 0.0}, "step_scale must be > 0"),
         ({"inner_steps": 0}, "inner_steps must be >= 1"),
         ({"inner_steps": 1.5}, "inner_steps must be a whole number"),
+        ({"fused": True, "sampler": "ambient"}, "fused must be False with sampler='ambient'"),
         ({"noise_anneal": 1.1}, r"noise_anneal must be in \[0, 1\]"),
     ],
 )
