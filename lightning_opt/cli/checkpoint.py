@@ -44,6 +44,15 @@ class PeriodicCheckpoint(ModelCheckpoint):
         if trainer.global_step == trainer.max_steps:
             save_now(self, trainer)
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save behind the last epoch, before a WeightAveraging callback puts averaged weights in place of the trained.
+
+        They would be trained on if the run is extended.
+        """
+        super().on_train_epoch_end(trainer, pl_module)
+        if trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs:
+            save_now(self, trainer)
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the end of the run."""
         save_now(self, trainer)

@@ -60,20 +60,30 @@ class DataMap:
             return -self.scale, self.scale
         return -math.inf, math.inf
 
-    def to_log(self, images: Tensor) -> Tensor:
+    def to_log(self, images: Tensor, *, check: bool = True) -> Tensor:
         """The logarithm of the positive image.
+
+        Args:
+            images: Any shape.
+            check: Whether to look at the values, which waits for the device that they are on.
 
         Raises:
             ValueError: If the images are not in the map's range; the message has their own.
         """
+        if check:
+            self.check(images)
         if self.kind == "identity":
-            return torch.log(check_positive(images))
-        low, high = (value.item() for value in images.aminmax())
-        if not (low >= 0 and high <= 1):  # NaN too
-            raise ValueError(f"images must be in [0, 1] for the map {self.kind!r}, got values from {low} to {high}")
+            return torch.log(images)
         if self.kind == "shift":
             return torch.log(images + self.shift)
         return self.scale * (2 * images - 1)
+
+    def check(self, images: Tensor) -> None:
+        """Raise ValueError if images are not in the map's range."""
+        if self.kind == "identity":
+            check_positive(images)
+        else:
+            check_unit_range(images, f" for the map {self.kind!r}")
 
     def to_images(self, log_state: Tensor) -> Tensor:
         """The inverse of :meth:`to_log`, clamped to the range of images where asked."""
@@ -81,6 +91,13 @@ class DataMap:
             return log_state.exp()
         images = log_state.exp() - self.shift if self.kind == "shift" else 0.5 * (log_state / self.scale + 1)
         return images.clamp(0, 1) if self.clip else images
+
+
+def check_unit_range(images: Tensor, why: str = "") -> None:
+    """Raise ValueError, with the range of the images, unless they are in [0, 1]."""
+    low, high = (value.item() for value in images.aminmax())
+    if not (low >= 0 and high <= 1):  # NaN too
+        raise ValueError(f"images must be in [0, 1]{why}, got values from {low} to {high}")
 
 
 def check_positive(x: Tensor, name: str = "data") -> Tensor:

@@ -75,6 +75,10 @@ class DiffusionModule(pl.LightningModule, abc.ABC):
         """
 
     @abc.abstractmethod
+    def check_images(self, images: Tensor) -> None:
+        """Raise ValueError if images are not in the range that the model is for."""
+
+    @abc.abstractmethod
     def pipeline(self) -> DiffusionPipeline:
         """The denoiser and the scheduler as a pipeline of diffusers, for use without Lightning.
 
@@ -90,6 +94,12 @@ class DiffusionModule(pl.LightningModule, abc.ABC):
     def forward(self, state: Tensor, time: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """The output of the denoiser for states ``[B, C, H, W]`` and times ``[B]``."""
         return call_denoiser(self.denoiser, state, time, class_labels)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Check the images while they are on the host; behind it, that would wait for the device."""
+        if self.device.type != "cpu":
+            self.check_images((batch if isinstance(batch, Tensor) else batch[0]).float())
+        return batch
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of a batch, mean over its images."""

@@ -136,7 +136,8 @@ class GBMDiffusion(DiffusionModule):
             rho = process.rho_min * (process.largest_rho / process.rho_min) ** level
             noise = torch.randn(images.shape, generator=generator, device=images.device)
             times = scheduler.timestep_at(rho)
-            state = scheduler.add_noise(scheduler.to_log(images), noise, times)
+            log_x0 = scheduler.data_map.to_log(images, check=images.device.type == "cpu")
+            state = scheduler.add_noise(log_x0, noise, times)
             network_input = scheduler.scale_model_input(state, times)
         output = call_denoiser(self.denoiser, network_input, times, labels)
         with torch.autocast(images.device.type, enabled=False):
@@ -146,6 +147,10 @@ class GBMDiffusion(DiffusionModule):
             _, log_std = parametrization.moments(state)
             loss = denoising_score_matching(epsilon, noise, rho, self.loss_weight, log_std)
         return Losses(loss, level)
+
+    def check_images(self, images: Tensor) -> None:
+        """Raise ValueError if images are not in the range of the data map."""
+        self.scheduler.data_map.check(images)
 
     def pipeline(self) -> GBMPipeline:
         """A :class:`GBMPipeline`.

@@ -12,7 +12,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_opt.callbacks import ResumeState
-from lightning_opt.diffusion import GBMDiffusion, GBMScheduler, load_diffusion
+from lightning_opt.cli import PeriodicCheckpoint
+from lightning_opt.diffusion import GaussianDiffusion, GBMDiffusion, GBMScheduler, load_diffusion
 from lightning_opt.testing._callback_checks.state import Saver
 from lightning_opt.testing._callback_checks.subject import require_equal
 from lightning_opt.testing._ranks import on_two_ranks
@@ -162,6 +163,18 @@ def test_a_batch_outside_the_range_is_refused(to_positive, bad):
         module.losses(images, None, generator())
 
 
+@pytest.mark.parametrize("model", [GBMDiffusion, GaussianDiffusion])
+def test_on_an_accelerator_the_range_is_checked_before_the_transfer(model, monkeypatch):
+    """There the loss would have to wait for the device."""
+    module = model(small_unet())
+    bad = 2 * IMAGES[:4]
+    assert module.on_before_batch_transfer((bad, None), 0)[0] is bad
+    monkeypatch.setattr(model, "device", torch.device("cuda"))
+    with pytest.raises(ValueError, match=r"images must be in \[0, 1\]"):
+        module.on_before_batch_transfer((bad, None), 0)
+    assert module.on_before_batch_transfer(IMAGES, 0) is IMAGES
+
+
 def test_zero_and_negative_data_are_refused_where_no_map_makes_them_positive():
     module = GBMDiffusion(small_unet(), GBMScheduler(to_positive="identity"), log_moments=(0.2, 0.2))
     images = IMAGES[:4] + 0.1
@@ -242,6 +255,25 @@ def test_a_killed_run_with_accumulation_and_averaged_weights_resumes_bit_for_bit
         later = {key: value for key, value in rows.items() if key[1] >= step}
         require_equal({key: resumed[0].get(key) for key in later}, later, f"{what}: logged values")
         assert dict(resumed[4]) == dict(config)
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed from")
+def test_a_finished_run_with_averaged_weights_is_extended_exactly(tmp_path):
+    """When training ends the callback puts the average into the module; the checkpoint must still have both."""
+
+    def run(name, **options):
+        checkpoint = PeriodicCheckpoint()
+        checkpoint.dirpath = str(tmp_path / name)
+        module = Trained(small_unet())
+        callbacks = ResumeState(), EMAWeightAveraging(decay=0.9), checkpoint
+        trainer = fit(module, tmp_path, *callbacks, limit_val_batches=0, **options)
+        return module.state_dict(), trainer.optimizers[0].state_dict(), checkpoint.best_model_path
+
+    whole = run("whole", max_epochs=2)
+    *_, path = run("half", max_epochs=1)
+    extended = run("extended", max_epochs=2, ckpt_path=path)
+    require_equal(extended[0], whole[0], "averaged weights")
+    require_equal(extended[1], whole[1], "optimizer")
 
 
 def test_averaged_weights_are_sampled_and_saved(tmp_path):
