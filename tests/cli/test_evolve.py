@@ -44,7 +44,9 @@ def test_a_stopped_search_keeps_what_it_found_and_goes_on(workdir: Path, monkeyp
 
 
 def test_the_functions_of_a_user(workdir: Path, capsys):
-    (workdir / "my_functions.py").write_text("import numpy as np\n\n\ndef softplus(x):\n    return np.log1p(np.exp(x))\n")
+    (workdir / "my_functions.py").write_text(
+        "import numpy as np\n\n\ndef softplus(x):\n    return np.log1p(np.exp(x))\n"
+    )
     assert main(["evolve", "--function=my_functions:softplus", "--out=module.json", *QUICK]) == 0
     assert main(["evolve", "--function=log(1 + exp(x))", "--out=expression.json", *QUICK]) == 0
     module, expression = ParetoFront.load("module.json"), ParetoFront.load("expression.json")

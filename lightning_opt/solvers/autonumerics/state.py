@@ -2,6 +2,7 @@
 
 import json
 import os
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,12 +50,12 @@ def load_state(path: Path, search: "Search") -> None:
         ValueError: If the file is damaged, or of a search with other settings.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             record = json.loads(str(archive["record"]))
             tries = dict(zip(archive["structures"].tolist(), archive["tries"].tolist(), strict=True))
         if record["format"] != _FORMAT:
             raise ValueError(f"format {record['format']}, this version reads {_FORMAT}")
-    except (OSError, KeyError, ValueError, EOFError) as error:
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is no state of a search ({error})") from error
     differences = [
         f"{name}: {record['settings'].get(name)} there, {value} now"

@@ -137,7 +137,8 @@ def random_graphs(count: int, ops: tuple[str, ...] = ("+", "-", "*", "/", "fma")
 
 
 def test_programs_of_mutated_graphs_compute_what_the_graphs_do():
-    """Simplifying and ordering lose nothing but rounding of folded coefficients: 1e-9 where nothing cancels."""
+    """Whatever mutation brings is in canonical order already, and both evaluators agree on it."""
+    compared = 0
     with mpmath.workdps(40):
         for program, coefficients in random_graphs(200):
             graph = program.to_graph(coefficients)
@@ -148,8 +149,12 @@ def test_programs_of_mutated_graphs_compute_what_the_graphs_do():
                 expected = value(graph, x)
             except ZeroDivisionError:
                 continue
+            if not mpmath.isfinite(expected):
+                continue
+            compared += 1
             found = again(np.array([x], dtype=object), [mpmath.mpf(v) for v in values])[0]
             assert abs(found - expected) <= abs(expected) * mpmath.mpf(10) ** -30
+    assert compared > 100
 
 
 def test_simplified_graphs_are_equal_functions():
