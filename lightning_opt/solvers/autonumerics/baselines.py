@@ -4,6 +4,7 @@ All arithmetic is to 40 digits (mpmath).
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import mpmath
@@ -145,52 +146,66 @@ def _remez(problem: Problem, m: int, n: int, constant: float | None) -> tuple[li
     count = m + 1 - first + n + 1
     nodes = np.cos(np.pi * np.arange(count)[::-1] / (count - 1)) if count > 1 else np.zeros(1)
     points = [low + (high - low) * (1 + mpmath.mpf(float(node))) / 2 for node in nodes]
-    numerator, denominator = [known], [mpmath.mpf(1)]
     level = mpmath.mpf(0)
     for _ in range(30):
-        for _ in range(20 if n else 1):  # the level times the denominator is not linear: repeat until it holds still
-            rows, right = mpmath.matrix(count, count), mpmath.matrix(count, 1)
-            for i, x in enumerate(points):
-                y, t = problem.target.exact_value(x), (x - middle) / half
-                sign = (-1) ** i * (mpmath.sign(x) if first else 1) * _unit(problem, y)
-                for k in range(first, m + 1):
-                    rows[i, k - first] = t**k
-                for k in range(1, n + 1):
-                    rows[i, m + k - first] = -(y - known + sign * level) * t**k
-                rows[i, count - 1] = -sign
-                right[i] = y - known
-            solution = mpmath.lu_solve(rows, right)
-            former, level = level, solution[count - 1]
-            if abs(level - former) <= abs(level) * mpmath.mpf(10) ** -15:
-                break
-        numerator = [known if first else None, *[solution[k] for k in range(m + 1 - first)]][1 - first :]
-        denominator = [mpmath.mpf(1), *[solution[m + 1 - first + k] for k in range(n)]]
+        solution = _levelled(problem, points, m, n, constant, middle, half, level)
+        level = solution[count - 1]
+        coefficients = [solution[k] for k in range(count - 1)]
+        numerator = [*([known] if first else []), *coefficients[: m + 1 - first]]
+        denominator = [mpmath.mpf(1), *coefficients[m + 1 - first :]]
         powers = _shifted(numerator, -middle, half), _shifted(denominator, -middle, half)
-        largest, points_new = _largest(problem, *powers, count=count, turned=bool(first))
-        if len(points_new) < count:
+        largest, extrema = _largest(problem, *powers, count=count, turned=bool(first))
+        if len(extrema) < count:
             break
-        points = points_new
-        if largest - abs(level) <= 1e-6 * largest:
+        points = extrema
+        if largest - abs(level) <= 1e-6 * largest or largest < 1e-30:
             break
     return *powers, points
+
+
+def _levelled(
+    problem: Problem, points: list[Any], m: int, n: int, constant: float | None, middle: Any, half: Any, level: Any
+) -> Any:
+    """The coefficients, and last the level, for which the errors at the points are the level with alternating signs.
+
+    The level times the denominator is not linear: the equations are repeated with the last level until it holds still.
+    """
+    first, known = (0, 0) if constant is None else (1, constant)
+    count = len(points)
+    values = [problem.target.exact_value(x) for x in points]
+    for _ in range(20 if n else 1):
+        rows, right = mpmath.matrix(count, count), mpmath.matrix(count, 1)
+        for i, (x, y) in enumerate(zip(points, values, strict=True)):
+            t = (x - middle) / half
+            sign = (-1) ** i * (mpmath.sign(x) if first else 1) * _unit(problem, y)
+            for k in range(first, m + 1):
+                rows[i, k - first] = t**k
+            for k in range(1, n + 1):
+                rows[i, m + k - first] = -(y - known + sign * level) * t**k
+            rows[i, count - 1] = -sign
+            right[i] = y - known
+        solution = mpmath.lu_solve(rows, right)
+        former, level = level, solution[count - 1]
+        if abs(level - former) <= abs(level) * mpmath.mpf(10) ** -12:
+            break
+    return solution
 
 
 def _largest(
     problem: Problem, numerator: list[Any], denominator: list[Any], count: int = 0, turned: bool = False
 ) -> tuple[float, list[Any]]:
     """The largest error, and ``count`` extrema of alternating sign with the largest errors."""
-    low, high = map(mpmath.mpf, problem.domain)
-    grid = [low + (high - low) * (1 - mpmath.cos(mpmath.pi * k / _GRID)) / 2 for k in range(_GRID + 1)]
+    grid, values = _samples(problem)
 
-    def error(x: Any) -> Any:
-        y = problem.target.exact_value(x)
+    def error(x: Any, y: Any = None) -> Any:
+        y = problem.target.exact_value(x) if y is None else y
         quotient = mpmath.polyval(numerator[::-1], x) / mpmath.polyval(denominator[::-1], x)
         return (quotient - y) / _unit(problem, y) * (mpmath.sign(x) if turned else 1)
 
-    signs = [mpmath.sign(mpmath.polyval(denominator[::-1], x)) for x in grid]
-    if any(sign != signs[0] for sign in signs):
+    signs = {mpmath.sign(mpmath.polyval(denominator[::-1], x)) for x in grid}
+    if len(signs) > 1:
         return float("inf"), []
-    errors = [error(x) for x in grid]
+    errors = [error(x, y) for x, y in zip(grid, values, strict=True)]
     peaks: list[tuple[Any, Any]] = []  # one for each stretch of one sign
     for k, value in enumerate(errors):
         at_peak = all(
@@ -210,6 +225,15 @@ def _largest(
     while len(peaks) > count > 0:
         peaks.pop(0 if abs(peaks[0][1]) < abs(peaks[-1][1]) else -1)
     return float(largest), [x for x, _ in peaks]
+
+
+@functools.lru_cache(maxsize=4)
+def _samples(problem: Problem) -> tuple[list[Any], list[Any]]:
+    """Points, closer at the ends, and the function there."""
+    with mpmath.workdps(DIGITS):
+        low, high = map(mpmath.mpf, problem.domain)
+        grid = [low + (high - low) * (1 - mpmath.cos(mpmath.pi * k / _GRID)) / 2 for k in range(_GRID + 1)]
+        return grid, [problem.target.exact_value(x) for x in grid]
 
 
 def _vertex(error: Any, grid: list[Any], errors: list[Any], k: int) -> tuple[Any, Any]:

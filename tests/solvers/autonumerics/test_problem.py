@@ -52,7 +52,7 @@ def test_a_division_by_zero_that_the_output_does_not_see_is_no_pole():
 def test_the_maximum_between_the_points_is_found():
     program, values = Program.from_graph(Node("x") * 1.0 + 0.0)
     problem = Problem("x + cos(200 * x + 1)", (0.0, 1.0), "absolute", points=8)
-    assert problem.max_error(program, values) == pytest.approx(1.0, abs=1e-9)
+    assert problem.max_error(program, values) == pytest.approx(1.0, abs=1e-8)
     assert problem.quick_error(program, values) < 1 - 1e-6
 
 

@@ -16,12 +16,12 @@ from lightning_opt.solvers.autonumerics.search import Search, operations
 
 @pytest.fixture(scope="module")
 def front() -> ParetoFront:
-    return evolve("exp2", max_ops=5, max_evals=2500, budget_s=None)
+    return evolve("exp2", max_ops=5, max_evals=2000, budget_s=None)
 
 
 def test_a_short_search_is_better_than_polynomials_and_quotients(front):
     """4 operations: 3e-4, where the best polynomial has 1.7e-3 and the best quotient (3 operations) 8.7e-4."""
-    assert front.evals == 2500
+    assert front.evals == 2000
     assert front.best(4).max_error <= 3e-4
     assert front.best(3).max_error == pytest.approx(8.672e-4, rel=1e-3)  # the quotient of degrees 1/1
     assert [item.ops for item in front] == sorted({item.ops for item in front})
@@ -37,7 +37,7 @@ def test_the_stated_errors_hold_between_the_points(front):
 
 
 def test_a_seed_and_a_number_of_fits_decide_the_result():
-    settings = {"max_ops": 6, "max_evals": 200, "budget_s": None, "seed": 3}
+    settings = {"max_ops": 6, "max_evals": 100, "budget_s": None, "seed": 3}
     state = np.random.get_state()[1].copy()
     one, other = evolve("exp2", **settings), evolve("exp2", **settings)
     assert (np.random.get_state()[1] == state).all()
@@ -47,7 +47,7 @@ def test_a_seed_and_a_number_of_fits_decide_the_result():
 
 @pytest.mark.parametrize("how", ["killed", "Ctrl-C"])
 def test_a_search_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path, monkeypatch, how):
-    settings = {"max_ops": 6, "max_evals": 330, "budget_s": None, "seed": 1}
+    settings = {"max_ops": 6, "max_evals": 170, "budget_s": None, "seed": 1}
     whole = evolve("exp2", **settings)
     generation, count = Search.generation, 0
     monkeypatch.setattr("lightning_opt.solvers.autonumerics.search._SAVE_EVERY", 0.0)
@@ -55,7 +55,7 @@ def test_a_search_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path,
     def stopping(search: Search, children: int) -> None:
         nonlocal count
         count += 1
-        if count == 5:  # within the generation: random numbers are drawn, fits are made
+        if count == 4:  # within the generation: random numbers are drawn, fits are made
             search_fit, fits = search._fitted, 0
 
             def fitted(*arguments):
@@ -76,15 +76,15 @@ def test_a_search_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path,
     else:
         part = evolve("exp2", **settings, state=state)
         assert part.interrupted
-        assert part.evals == 4 * 32
+        assert part.evals == 3 * 32
         assert len(part) > 1
     monkeypatch.setattr(Search, "generation", generation)
     resumed = evolve("exp2", **settings, state=state)
     assert not resumed.interrupted
     assert resumed.items == whole.items
-    assert resumed.evals == whole.evals == 330
-    longer = evolve("exp2", **{**settings, "max_evals": 420}, state=state)
-    assert longer.items == evolve("exp2", **{**settings, "max_evals": 420}).items
+    assert resumed.evals == whole.evals == 170
+    longer = evolve("exp2", **{**settings, "max_evals": 200}, state=state)
+    assert longer.items == evolve("exp2", **{**settings, "max_evals": 200}).items
 
 
 def test_a_state_of_another_search_is_refused(tmp_path: Path):
@@ -122,7 +122,7 @@ def test_the_paper_trainer_runs():
 
 
 def test_a_user_function_is_approximated():
-    front = evolve(lambda x: np.log1p(x) / (1 + x), (0.5, 2.0), max_ops=4, max_evals=300, budget_s=None)
+    front = evolve(lambda x: np.log1p(x) / (1 + x), (0.5, 2.0), max_ops=4, max_evals=200, budget_s=None)
     assert front.best(4).max_error < 0.01
 
 
@@ -139,15 +139,21 @@ def test_exported_python_computes_the_same(front, ops):
     assert f"{item.max_error:.3g}" in space["f"].__doc__
 
 
-@pytest.mark.parametrize("graph", ["front", "all operations"])
-def test_exported_triton_computes_the_same(front, graph, tmp_path: Path, monkeypatch):
+EVERY_OPERATION = [("/", (-1, 0)), ("fma", (1, 0, -1)), ("sqrt", (2,)), ("-", (-1, 3)), ("*", (4, 0)), ("+", (5, -1))]
+
+
+@pytest.mark.parametrize(
+    ("steps", "tolerance"),
+    [
+        ([("/", (-1, 0)), ("+", (1, -1)), ("sqrt", (2,)), ("-", (-1, 3)), ("*", (4, 0)), ("+", (5, -1))], 0),
+        (EVERY_OPERATION, 2e-7),  # the interpreter's fma rounds twice: one unit in the last place of 1.2e-7 more
+    ],
+)
+def test_exported_triton_computes_the_same(steps, tolerance, tmp_path: Path):
     """In float32, in the interpreter, which rounds as numpy does; on a GPU a product and a sum may become one fma."""
-    triton = pytest.importorskip("triton")
-    item = front.best(5)
-    if graph != "front":
-        steps = [("/", (-1, 0)), ("fma", (1, 0, -1)), ("sqrt", (2,)), ("-", (-1, 3)), ("*", (4, 0)), ("+", (5, -1))]
-        values = tuple(map(float, np.float32([1.1, 2.2, 3.3, 4.4])))
-        item = Approximation(Program(steps), values, 1.0, "exp2", (0.0, 1.0), "absolute")
+    pytest.importorskip("triton")
+    values = tuple(map(float, np.float32([1.1, 2.2, 3.3, 4.4])))
+    item = Approximation(Program(steps), values, 1.0, "exp2", (0.0, 1.0), "absolute")
     kernel = (
         "\n\n@triton.jit\ndef kernel(source, target, n: tl.constexpr):\n"
         "    i = tl.arange(0, n)\n    tl.store(target + i, approximation(tl.load(source + i)))\n"
@@ -163,9 +169,7 @@ def test_exported_triton_computes_the_same(front, graph, tmp_path: Path, monkeyp
     module.kernel[(1,)](x.to(device), out, n=64)
     expected = item(x.numpy())
     assert expected.dtype == np.float32
-    tolerance = 0 if device == "cpu" else 1e-5
-    np.testing.assert_allclose(out.cpu().numpy(), expected, rtol=tolerance)
-    assert triton.__version__
+    np.testing.assert_allclose(out.cpu().numpy(), expected, rtol=tolerance if device == "cpu" else 1e-6)
 
 
 def test_a_front_is_saved_and_loaded(front, tmp_path: Path):
