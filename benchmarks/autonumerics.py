@@ -1,6 +1,7 @@
 """Programs evolved for 2^x on [0, 1] with up to 10 operations, beside Taylor, minimax polynomials and rationals.
 
 Three seeds, each with a budget of CPU seconds of its own process; a run that was stopped continues from its state.
+Then one search for programs in float32 arithmetic with fma, on [-1/2, 1/2], checked on two million other points.
 
     python benchmarks/autonumerics.py --seconds 600 --states /tmp/states   # three processes, 10 CPU minutes each
 """
@@ -13,6 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from _runner import write_result
 
 from lightning_opt.solvers.autonumerics import ParetoFront, Problem, evolve
@@ -40,6 +42,7 @@ def main() -> None:
     rows = {str(ops): row(ops, fronts, rivals) for ops in range(1, options.max_ops + 1)}
     for ops, values in rows.items():
         print(ops, *(f"{name} {value}" for name, value in values.items()), sep="  ")
+    float32 = search_float32(options.states)
     payload = {
         "function": options.function,
         "domain": list(problem.domain),
@@ -47,6 +50,7 @@ def main() -> None:
         "digits_by_ops": rows,
         "paper": PAPER,
         "searches": [searched(front) for front in fronts],
+        "float32": float32,
     }
     sys.argv = [sys.argv[0], f"--seconds {options.seconds:g}", "--states DIR"]  # the folder is of no account
     write_result("autonumerics", payload)
@@ -58,6 +62,22 @@ def search(job: tuple[str, int, float, int, Path]) -> ParetoFront:
     function, max_ops, seconds, seed, states = job
     state = states / f"{function}_{seed}.npz"
     return evolve(function, max_ops=max_ops, budget_s=seconds, seed=seed, state=state)
+
+
+def search_float32(states: Path) -> dict[str, Any]:
+    """Largest errors in ULP by operations: as the search measured them, and on other points, drawn at random."""
+    settings: dict[str, Any] = {"max_ops": 7, "error": "ulp32", "ops": "+-*/ fma"}
+    front = evolve("exp2", (-0.5, 0.5), **settings, budget_s=None, max_evals=9600, state=states / "float32.npz")
+    rng = np.random.default_rng(5)
+    small = rng.choice((-1, 1), 500_000) * 2.0 ** rng.uniform(-24, -1, 500_000)
+    x = np.concatenate([rng.uniform(-0.5, 0.5, 1_500_000), small]).astype(np.float32)
+    y = np.exp2(x.astype(np.float64))
+    spacing = np.spacing(y.astype(np.float32)).astype(np.float64)
+    result = searched(front)
+    for item, entry in zip(front, result["front"], strict=True):
+        errors = np.abs(item(x).astype(np.float64) - y) / spacing
+        entry["on_other_points"] = {"max_ulp": float(errors.max()), "at_least_1_ulp": int((errors >= 1).sum())}
+    return result
 
 
 def row(ops: int, fronts: list[ParetoFront], rivals: list[Baseline]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The search: evolution of program structures, each with its coefficients fitted (arXiv:2312.08472)."""
 
+import copy
 import dataclasses
 import math
 import re
@@ -82,7 +83,7 @@ def evolve(
             of another search.
 
     Cost:
-        About 1 ms a fit; memory for 20 bytes a structure seen.
+        About 1 ms a fit; memory for some 100 bytes a structure seen.
 
     Example:
         >>> front = evolve("exp2", max_ops=3, max_evals=300, budget_s=None)
@@ -150,8 +151,7 @@ class Search:
 
     def generation(self, children: int) -> None:
         """Make, fit and select; nothing is changed before the end."""
-        rng = np.random.Generator(type(self.rng.bit_generator)())
-        rng.bit_generator.state = self.rng.bit_generator.state
+        rng = copy.deepcopy(self.rng)
         tries, best = dict[int, int](), dict(self.best)
         promising = self._promising()
         born = []
