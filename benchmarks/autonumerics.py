@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--max_ops", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--float32_evals", type=int, default=9600, help="programs to fit in float32")
     parser.add_argument("--states", type=Path, required=True, help="folder for the states of the searches")
     options = parser.parse_args()
     options.states.mkdir(parents=True, exist_ok=True)
@@ -42,7 +43,7 @@ def main() -> None:
     rows = {str(ops): row(ops, fronts, rivals) for ops in range(1, options.max_ops + 1)}
     for ops, values in rows.items():
         print(ops, *(f"{name} {value}" for name, value in values.items()), sep="  ")
-    float32 = search_float32(options.states)
+    float32 = search_float32(options.states, options.float32_evals)
     payload = {
         "function": options.function,
         "domain": list(problem.domain),
@@ -52,7 +53,8 @@ def main() -> None:
         "searches": [searched(front) for front in fronts],
         "float32": float32,
     }
-    sys.argv = [sys.argv[0], f"--seconds {options.seconds:g}", "--states DIR"]  # the folder is of no account
+    limits = f"--seconds {options.seconds:g} --float32_evals {options.float32_evals}"
+    sys.argv = [sys.argv[0], limits, "--states DIR"]  # the folder is of no account
     write_result("autonumerics", payload)
     PICTURE.parent.mkdir(exist_ok=True)
     draw(PICTURE, fronts, rivals)
@@ -64,10 +66,10 @@ def search(job: tuple[str, int, float, int, Path]) -> ParetoFront:
     return evolve(function, max_ops=max_ops, budget_s=seconds, seed=seed, state=state)
 
 
-def search_float32(states: Path) -> dict[str, Any]:
+def search_float32(states: Path, max_evals: int) -> dict[str, Any]:
     """Largest errors in ULP by operations: as the search measured them, and on other points, drawn at random."""
     settings: dict[str, Any] = {"max_ops": 7, "error": "ulp32", "ops": "+-*/ fma"}
-    front = evolve("exp2", (-0.5, 0.5), **settings, budget_s=None, max_evals=9600, state=states / "float32.npz")
+    front = evolve("exp2", (-0.5, 0.5), **settings, budget_s=None, max_evals=max_evals, state=states / "float32.npz")
     rng = np.random.default_rng(5)
     small = rng.choice((-1, 1), 500_000) * 2.0 ** rng.uniform(-24, -1, 500_000)
     x = np.concatenate([rng.uniform(-0.5, 0.5, 1_500_000), small]).astype(np.float32)

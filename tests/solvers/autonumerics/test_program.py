@@ -11,6 +11,7 @@ from lightning_opt.solvers.autonumerics.mutations import PAPER_WEIGHTS, WEIGHTS,
 # The 10 operations of arXiv:2312.08472 with minimax coefficients on [0, 1]
 C = ("15141.930666520215641", "-250.5521240174381446", "5783.5249089654274602", "501.10424804351230462",
      "-0.99999999999999972603")  # fmt: skip
+SIXTEEN_DIGITS = (1428.2149536997997, 3672.702768578095, 15316.313001914657, -247.49079209759202, 494.9815841952862)
 
 
 def ten_operations(c1: float, c2: float, c3: float, c4: float, c5: float) -> Node:
@@ -72,6 +73,18 @@ def test_the_published_ten_operations_have_14_digits():
         errors = Problem("exp2", (0.0, 1.0)).exact_errors(program, exact, np.arange(501) / 500)
         assert abs(errors[0]) < 2.3e-15  # c3 / 0 is infinity, so that f(0) = (-c5)^8
         assert 2.1e-15 < max(abs(errors)) < 2.3e-15
+
+
+def test_ten_operations_can_have_16_digits():
+    """The structure of the best known program of 9 operations, squared; coefficients in float64, all else 40 digits."""
+    with mpmath.workdps(40):
+        a, b, c, d, e = map(mpmath.mpf, SIXTEEN_DIGITS)
+        worst = mpmath.mpf(0)
+        for x in (mpmath.mpf(k) / 500 for k in range(1, 501)):
+            u = a / x + x
+            v = b / u + u
+            worst = max(worst, abs((e / (c / v + v + d) + 1) ** 2 / mpmath.mpf(2) ** x - 1))
+        assert worst < 1.1e-16
 
 
 @pytest.mark.parametrize(
