@@ -19,15 +19,19 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from _runner import RESULTS, write_result
 
+from lightning_opt.callbacks import SampleGrid
 from lightning_opt.cli import LightningOptCLI
 from lightning_opt.cli import main as main_command
 from lightning_opt.cli.recipes import recipe_header, recipe_names, recipe_path, recipe_runs
+from lightning_opt.metrics import frechet_distance
 
 MEASURES = {  # what a recipe is judged by: its words, its factor, its digits
     "accuracy": ("% test accuracy", 100, 1),
     "bits_per_character": ("bits per character of the test text", 1, 3),
+    "frechet": ("Frechet distance of samples to test images", 1, 2),
 }
 
 
@@ -72,13 +76,32 @@ def run(name: str, seed: int) -> dict[str, float]:
                 raise RuntimeError(command)
         cli = fit(name, seed)
     timer = next(callback for callback in cli.trainer.callbacks if type(callback).__name__ == "Timer")
-    judge = next(name for name in MEASURES if f"test/{name}" in cli.test_results[0])
+    results = {**cli.test_results[0], **sample_distance(cli)}
+    judge = next(name for name in MEASURES if f"test/{name}" in results)
     return {
-        f"test_{judge}": cli.test_results[0][f"test/{judge}"],
-        "test_loss": cli.test_results[0]["test/loss"],
+        f"test_{judge}": results[f"test/{judge}"],
+        "test_loss": results["test/loss"],
         "train_seconds": timer.time_elapsed("train"),  # with its validation
         "steps": cli.trainer.global_step,
     }
+
+
+def sample_distance(cli: LightningOptCLI) -> dict[str, float]:
+    """Of a generative model: the distance of as many samples as there are test images, 1,000 at most."""
+    grid = next((callback for callback in cli.trainer.callbacks if isinstance(callback, SampleGrid)), None)
+    if grid is None:
+        return {}
+    test = cli.datamodule.test_set
+    count = min(1000, len(test))
+    generator = torch.Generator().manual_seed(0)
+    real, _ = test.__getitems__(torch.randperm(len(test), generator=generator)[:count].tolist())
+    samples = cli.model.sample(
+        count,
+        num_inference_steps=grid.num_inference_steps,
+        scheduler=grid.scheduler,
+        generator=torch.Generator(cli.model.device).manual_seed(0),
+    )
+    return {"test/frechet": frechet_distance(samples.cpu(), real)}
 
 
 def fit(name: str, seed: int) -> LightningOptCLI:

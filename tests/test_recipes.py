@@ -53,6 +53,8 @@ def test_the_measured_numbers_are_those_on_file(name: str) -> None:
     assert measured["recipe_sha256"] == hashlib.sha256(content.encode()).hexdigest(), "measured before it was changed"
     if "accuracy_mean" in measured:
         value = f"{100 * measured['accuracy_mean']:.1f} ± {100 * measured['accuracy_std']:.1f} %"
+    elif "frechet_mean" in measured:
+        value = f"{measured['frechet_mean']:.2f} ± {measured['frechet_std']:.2f} Frechet distance"
     else:
         value = f"{measured['bits_per_character_mean']:.3f} ± {measured['bits_per_character_std']:.3f} bits"
     assert header["result"].startswith(value)
