@@ -21,11 +21,11 @@ from .sampling import call_denoiser, sampling_scheduler
 
 
 def default_scheduler() -> GBMScheduler:
-    """Noise up to the level 4, which forgets the image, and ``exp_euler`` on a grid that is even in the root rho^(1/3).
+    """Noise up to the level 4, which forgets the image, and ``multistep`` on a grid that is even in the root rho^(1/3).
 
     The scheduler's own grid is made for the paper's noise: from 4, most of its steps are where nothing is to be seen.
     """
-    return GBMScheduler(rho_max=4.0, sampler="exp_euler", timestep_spacing="rho", spacing_order=3.0)
+    return GBMScheduler(rho_max=4.0, sampler="multistep", timestep_spacing="rho", spacing_order=3.0)
 
 
 @register(

@@ -18,7 +18,7 @@ from ._log_state_scheduler import Generator, LogStateScheduler
 from ._schedule_place import whole
 from .log_stepping import log_step
 from .parametrization import PredictionType, wide
-from .reverse import SAMPLERS, Sampler, reverse_step
+from .reverse import SAMPLERS, reverse_step
 from .time_grid import Spacing, noise_levels
 
 AMBIENT_FLOOR = 1e-4
@@ -40,14 +40,16 @@ class GBMSchedulerOutput(BaseOutput):
 class _Step(NamedTuple):
     """Coefficients of one network call.
 
-    The increment of the logarithm is ``pull * (denoised - log_x) + shift + noise * standard_normal``; with ``ito``, as
-    for ``ambient``, 1 + ``ito`` + that is the factor of x.
+    The increment of the logarithm is ``pull * (denoised - log_x) + shift + noise * standard_normal``; with ``ito``, of
+    ``ambient``, 1 + ``ito`` + that is the factor of x. ``ahead``, of ``multistep``, says how far ``denoised`` is moved
+    on in the direction it came from.
     """
 
     pull: float
     shift: float
     noise: float
-    ito: float
+    ito: float = 0.0
+    ahead: float = 0.0
 
 
 class _Preset(NamedTuple):
@@ -93,10 +95,14 @@ class GBMScheduler(LogStateScheduler):
     ``ambient``   :math:`y + \log(1 - \Delta m + \Delta v / 2 - (\Delta v / \rho_t)\,\varepsilon + \sqrt{\Delta v}\,Z)`
     ``exp_euler`` :math:`y - \Delta m - 2 (\rho_t - \rho_s)\,\varepsilon + \sqrt{\Delta v}\,Z`
     ``ode``       :math:`y - \Delta m - (\rho_t - \rho_s)\,\varepsilon`: deterministic
+    ``multistep`` :math:`m_s + k\,(y - m_t) + (1 - k)\,\hat D + \rho_s \sqrt{1 - k}\,Z`, :math:`k = \rho_s^2 / \rho_t^2`
     ============= ======================================================================================================
 
     ``ambient`` is the paper's unconstrained rule. Its factor may fall to zero or below in large steps: it is kept at
-    1e-4 or more, and :attr:`num_nonpositive` counts the entries that were not positive. All are of first order.
+    1e-4 or more, and :attr:`num_nonpositive` counts the entries that were not positive. ``multistep`` carries the
+    denoised logarithm D of the step before on to the middle of this one, :math:`\hat D = D + (D - D_{before})\,h / 2
+    h_{before}` with :math:`h = \log \rho_t / \rho_s`: the second-order stochastic solver of DPM-Solver++, in the
+    logarithm, and the one to take for few steps. The others are of first order.
 
     Args:
         num_train_timesteps: Scale of the timesteps of ``prediction_type="stein"``.
@@ -124,8 +130,8 @@ class GBMScheduler(LogStateScheduler):
         noise_anneal: The noise of the i-th time (from 0) is multiplied by this power i.
         fused: Whether a step is one pass over memory with the noise drawn in the kernel (:func:`log_step`), where there
             is one for the device and dtype: quicker for large batches on a CPU, and one launch on a GPU. A seed then
-            gives one noise on every device, but another than without. Not for ``ambient``; a list of generators draws
-            by torch.
+            gives one noise on every device, but another than without. Not for ``ambient`` and ``multistep``; a list of
+            generators draws by torch.
 
     Raises:
         ValueError: If a value is out of its range. From ``step``: if ``set_timesteps`` was not called, the timestep is
@@ -134,7 +140,8 @@ class GBMScheduler(LogStateScheduler):
     Cost: With noise 6 passes over the sample beside drawing it, or with ``fused`` one and the check that it is finite.
     A GPU is waited for once, behind the last step, where that check is read.
 
-    Source: arXiv:2510.02730 (``dale``, ``ambient``); ``exp_euler``, ``ode`` and the grids are ours.
+    Source: arXiv:2510.02730 (``dale``, ``ambient``); arXiv:2211.01095, SDE-DPM-Solver++(2M) (``multistep``);
+    ``exp_euler``, ``ode`` and the grids are ours.
 
     Example:
         >>> import torch
@@ -158,7 +165,7 @@ class GBMScheduler(LogStateScheduler):
         sigma_schedule: Literal["constant", "geometric"] = "constant",
         rho_min: float = 0.01,
         rho_max: float | None = None,
-        sampler: Sampler = "dale",
+        sampler: Literal["dale", "ambient", "exp_euler", "ode", "multistep"] = "dale",
         prediction_type: PredictionType = "edm",
         log_mean: float | list[float] = 0.0,
         log_std: float | list[float] = 1.0,
@@ -174,12 +181,16 @@ class GBMScheduler(LogStateScheduler):
         noise_anneal: float = 1.0,
         fused: bool = False,
     ) -> None:
-        check_choice("sampler", sampler, SAMPLERS)
+        check_choice("sampler", sampler, (*SAMPLERS, "multistep"))
         check_interval("step_scale", step_scale, 0, closed="()")
         check_interval("noise_anneal", noise_anneal, 0, 1)
         check_choice("fused", fused, (False, True))
-        if fused and sampler == "ambient":
-            raise ValueError("fused must be False with sampler='ambient', got True")
+        if fused and sampler in ("ambient", "multistep"):
+            raise ValueError(f"fused must be False with sampler={sampler!r}, got True")
+        if sampler == "multistep":
+            for name, value in (("step_scale", step_scale), ("inner_steps", inner_steps)):
+                if value != 1:
+                    raise ValueError(f"{name} must be 1 with sampler='multistep', got {value}")
         self.order = whole("inner_steps", inner_steps)
         self._configure()
         self._num_nonpositive: Tensor | int = 0
@@ -274,7 +285,7 @@ class GBMScheduler(LogStateScheduler):
         self.sigmas = torch.tensor(rhos, dtype=torch.float32)
         self._begin([rho for rho in rhos[:-1] for _ in range(self.order)], device)
         self._steps = [
-            self._coefficients(i, rho, next_rho)
+            self._coefficients(i, rho, next_rho, rhos[i - 1] if i else math.inf)
             for i, (rho, next_rho) in enumerate(itertools.pairwise(rhos))
             for _ in range(self.order)
         ]
@@ -282,12 +293,18 @@ class GBMScheduler(LogStateScheduler):
             p = self.parametrization
             self._denoisers = [self._denoiser(i, p.log_mean, p.log_std) for i in range(len(self._steps))]
         if c.denoise_final:
-            self._steps[-1] = _Step(1.0, 0.0, 0.0, 0.0)
+            self._steps[-1] = _Step(1.0, 0.0, 0.0)
+        self._recent: dict[int, Tensor] = {}
         self._num_nonpositive = 0
 
-    def _coefficients(self, index: int, rho: float, next_rho: float) -> _Step:
+    def _coefficients(self, index: int, rho: float, next_rho: float, rho_before: float) -> _Step:
         c = self.config
         t, s = self.process.time(rho), self.process.time(next_rho)
+        if c.sampler == "multistep":
+            kept = (next_rho / rho) ** 2
+            shift = self.process.mean_shift(s) - kept * self.process.mean_shift(t)
+            ahead = 0.5 * math.log(rho / next_rho) / math.log(rho_before / rho) if next_rho > 0 else 0.0
+            return _Step(1 - kept, shift, next_rho * math.sqrt(1 - kept) * c.noise_anneal**index, ahead=ahead)
         step = reverse_step(self.process, c.sampler, t, s, c.step_scale)
         pull = -step.epsilon / rho  # epsilon = (y - m - denoised) / rho
         ito = 0.5 * step.noise**2 if c.sampler == "ambient" else 0.0
@@ -314,6 +331,8 @@ class GBMScheduler(LogStateScheduler):
             ValueError: See the class.
         """
         index = self._place(model_output, timestep, sample)
+        if self._step_index is None:
+            self._recent = {}
         if self.config.fused:
             next_log_x, denoised = self._fused_step(model_output, sample, index, generator)
         else:
@@ -329,7 +348,7 @@ class GBMScheduler(LogStateScheduler):
         step = self._steps[index]
         log_x = sample if sample.dtype in (torch.float32, torch.float64) else sample.float()
         denoised = self._denoised(model_output, log_x, index)
-        next_log_x = torch.lerp(log_x, denoised, step.pull)
+        next_log_x = torch.lerp(log_x, self._ahead(denoised, index), step.pull)
         if step.shift:
             next_log_x.add_(step.shift)
         if step.noise:
@@ -343,6 +362,22 @@ class GBMScheduler(LogStateScheduler):
         if log_x.dtype != sample.dtype:
             return next_log_x.to(sample.dtype), denoised.to(sample.dtype)
         return next_log_x, denoised
+
+    def _ahead(self, denoised: Tensor, index: int) -> Tensor:
+        """Where the denoised logarithm will be in the middle of the step, by that of the step before."""
+        if self.config.sampler != "multistep":
+            return denoised
+        before = self._recent.get(index - 1)  # None at the first step, and where a run begins later
+        self._recent = {key: value for key, value in self._recent.items() if key == index - 1}
+        self._recent[index] = denoised.clone()  # what is returned may be changed
+        if before is None or not self._steps[index].ahead:
+            return denoised
+        if before.shape != denoised.shape:
+            raise ValueError(
+                f"the sample has the shape {tuple(denoised.shape)}, but that of the step before had"
+                f" {tuple(before.shape)}; call set_timesteps to begin with another batch"
+            )
+        return torch.lerp(before, denoised, 1 + self._steps[index].ahead)
 
     def _fused_step(
         self, model_output: Tensor, sample: Tensor, index: int, generator: Generator

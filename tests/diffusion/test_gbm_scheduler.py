@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler
+from diffusers import EDMDPMSolverMultistepScheduler, EulerDiscreteScheduler
 
 from lightning_opt.diffusion import DataMap, GBMScheduler, log_moments
 from tests.diffusion.scheduler_properties import PROPERTIES
@@ -26,6 +26,7 @@ CONFIGS = [
         "log_std": [0.4, 0.7, 1.0],
         "to_positive": "identity",
     },
+    {"sampler": "multistep", "rho_max": 4.0, "timestep_spacing": "rho", "spacing_order": 3.0, "mu": 0.1},
     {"fused": True, "rho_max": 3.0, "sampler": "exp_euler", "mu": 0.1},
     {"fused": True, "prediction_type": "stein", "log_mean": [0.1, 0.2, 0.3], "log_std": [0.4, 0.3, 0.5]},
     {"inner_steps": 2, "step_scale": 0.5, "denoise_final": False, "noise_anneal": 0.9999, "log_mean": [0.1, 0.2, 0.3]},
@@ -130,6 +131,16 @@ def test_first_order(sampler, mu, order):
         assert 1.6 < coarse / fine < 2.5, errors
 
 
+@pytest.mark.parametrize("mu", [None, 0.1])
+def test_multistep_needs_few_steps(mu):
+    """Of second order: three and more times as near in twice the steps, where first order halves the error."""
+    config = {"mu": mu, "rho_max": 1.6, "timestep_spacing": "rho", "spacing_order": 3.0}
+    start = noised(MIXTURE, 200_000, mu=mu, rho_max=1.6)  # 0.0025 for so many exact samples
+    errors = [distance(reverse(MIXTURE, start, steps, sampler="multistep", **config)) for steps in (10, 20)]
+    assert errors[0] > 3 * errors[1], errors
+    assert errors[1] < distance(reverse(MIXTURE, start, 20, sampler="exp_euler", **config))
+
+
 @pytest.mark.parametrize("sampler", ["dale", "exp_euler"])
 def test_the_quadratic_grid_is_better(sampler):
     start = noised(MIXTURE, 50_000)
@@ -206,7 +217,7 @@ def test_exp_euler_is_exact_for_constant_noise(spacing, order, mu):
     assert end.mean().item() == pytest.approx(-scheduler.process.mean_shift(scheduler.process.t_end), abs=4 * 3 / 200)
 
 
-@pytest.mark.parametrize("sampler", ["dale", "ambient", "exp_euler", "ode"])
+@pytest.mark.parametrize("sampler", ["dale", "ambient", "exp_euler", "ode", "multistep"])
 def test_the_last_step_gives_the_denoised_logarithm(sampler):
     scheduler = GBMScheduler(sampler=sampler, prediction_type="epsilon", mu=0.1)
     scheduler.set_timesteps(1)
@@ -217,7 +228,67 @@ def test_the_last_step_gives_the_denoised_logarithm(sampler):
     torch.testing.assert_close(result.pred_original_sample, expected)
 
 
+def test_multistep_forgets_another_run():
+    """A run from the middle begins at first order; what is returned may be changed, and another shape is refused."""
+    scheduler = GBMScheduler(sampler="multistep", prediction_type="epsilon", rho_max=4.0)
+    log_x, *outputs = torch.randn(4, 2, 6, generator=torch.Generator().manual_seed(0))
+
+    def run(begin, change=False):
+        scheduler.set_begin_index(begin)
+        state, generator = log_x, torch.Generator().manual_seed(1)
+        for output, t in zip(outputs, scheduler.timesteps[begin:], strict=False):
+            result = scheduler.step(output, t, state, generator)
+            state = result.prev_sample.clone()
+            if change:
+                result.pred_original_sample.zero_()
+        return state
+
+    scheduler.set_timesteps(6)
+    alone = run(3)
+    scheduler.set_timesteps(6)
+    run(0)
+    scheduler.set_timesteps(6)
+    torch.testing.assert_close(run(3), alone, rtol=0, atol=0)
+    scheduler.set_timesteps(6)
+    torch.testing.assert_close(run(3, change=True), alone, rtol=0, atol=0)
+    scheduler.set_timesteps(6)
+    run(0)
+    with pytest.raises(ValueError, match="call set_timesteps to begin with another batch"):
+        scheduler.step(torch.zeros(3, 6), scheduler.timesteps[3], torch.zeros(3, 6))
+
+
 # --- independent implementations ---
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of numpy, to diffusers
+@pytest.mark.parametrize("steps", [10, 20])
+def test_multistep_is_the_sde_solver_of_diffusers_in_the_logarithm(steps):
+    """SDE-DPM-Solver++(2M) with the same noise: diffusers' noise levels and logarithms are float32, 1e-6 of 10."""
+    ours = GBMScheduler(
+        sampler="multistep",
+        prediction_type="epsilon",
+        rho_max=10.0,
+        rho_min=0.02,
+        timestep_spacing="rho",
+        spacing_order=7.0,
+        to_positive="exp",
+        exp_scale=1.0,
+    )
+    ours.set_timesteps(steps)
+    theirs = EDMDPMSolverMultistepScheduler(
+        sigma_min=0.02, sigma_max=10.0, rho=7.0, algorithm_type="sde-dpmsolver++", prediction_type="epsilon"
+    )
+    theirs.set_timesteps(steps)
+    torch.testing.assert_close(theirs.sigmas, ours.sigmas, rtol=1e-5, atol=0)
+    log_x = y = ours.sample_prior((64, 1), torch.Generator().manual_seed(0))
+    generators = [torch.Generator().manual_seed(1) for _ in range(2)]
+    for i, (t, t_theirs) in enumerate(zip(ours.timesteps, theirs.timesteps, strict=True)):
+        rho = ours.sigmas[i].item()
+        log_x = ours.step(MIXTURE.epsilon(log_x, 0.0, rho), t, log_x, generators[0]).prev_sample
+        denoised = y - rho * MIXTURE.epsilon(y, 0.0, rho)
+        c_skip, c_out = 0.25 / (rho**2 + 0.25), rho * 0.5 / (rho**2 + 0.25) ** 0.5
+        y = theirs.step((denoised - c_skip * y) / c_out, t_theirs, y, generators[1]).prev_sample
+    torch.testing.assert_close(y, log_x, rtol=0, atol=2e-4)
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of numpy, to diffusers
@@ -392,7 +463,7 @@ def test_signs_are_kept_for_a_thousand_random_steps():
         assert (log_x.exp() > 0).all()
 
 
-@pytest.mark.parametrize("config", [c for c in CONFIGS if c.get("sampler") != "ambient"], ids=str)
+@pytest.mark.parametrize("config", [c for c in CONFIGS if c.get("sampler") not in ("ambient", "multistep")], ids=str)
 def test_a_fused_step_is_the_other(config):
     """With the same noise, from a list of generators: to the rounding of float32, which is once a number there."""
     generator = torch.Generator().manual_seed(0)
@@ -444,6 +515,9 @@ def test_noise_levels_of_ones_own():
         ({"inner_steps": 0}, "inner_steps must be >= 1"),
         ({"inner_steps": 1.5}, "inner_steps must be a whole number"),
         ({"fused": True, "sampler": "ambient"}, "fused must be False with sampler='ambient'"),
+        ({"fused": True, "sampler": "multistep"}, "fused must be False with sampler='multistep'"),
+        ({"inner_steps": 2, "sampler": "multistep"}, "inner_steps must be 1 with sampler='multistep'"),
+        ({"step_scale": 0.5, "sampler": "multistep"}, "step_scale must be 1 with sampler='multistep'"),
         ({"noise_anneal": 1.1}, r"noise_anneal must be in \[0, 1\]"),
     ],
 )
