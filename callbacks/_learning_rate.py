@@ -14,11 +14,12 @@ def only_optimizer(trainer: pl.Trainer, callback: pl.Callback) -> Optimizer:
     Raises:
         MisconfigurationException: If there are none or several.
     """
-    if len(trainer.optimizers) != 1:
+    optimizers = [optimizer for optimizer in trainer.optimizers if optimizer.param_groups]  # Lightning's mock has none
+    if len(optimizers) != 1:
         raise MisconfigurationException(
-            f"{type(callback).__name__} needs a run with one optimizer, this one has {len(trainer.optimizers)}."
+            f"{type(callback).__name__} needs a run with one optimizer, this one has {len(optimizers)}."
         )
-    return trainer.optimizers[0]
+    return optimizers[0]
 
 
 def largest_lr(optimizer: Optimizer) -> float:

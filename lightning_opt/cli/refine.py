@@ -173,10 +173,11 @@ def _load(path: Path, *, allow_incomplete: bool) -> NormRecord:
     except (ValueError, OSError) as error:
         raise UserError(f"{error}.") from error
     if not record.complete and not allow_incomplete:
+        planned = record.total_steps if record.total_steps >= 0 else "an unknown number of"
         raise UserError(
-            f"{path} is of a run that crashed or was stopped, behind {record.steps} of {record.total_steps} steps: its"
-            " end is missing, where the schedule matters most. Resume the run, or take the record for that of a"
-            " shorter run with --allow_incomplete."
+            f"{path} is of a run that crashed, was stopped or was recorded in part, and holds {record.steps} of"
+            f" {planned} steps: where its end is missing, that is where the schedule matters most. Resume the run, or"
+            " take the record for that of a shorter run with --allow_incomplete."
         )
     return record
 

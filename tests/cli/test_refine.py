@@ -90,7 +90,8 @@ def test_every_third_step_recorded_gives_a_schedule_of_all_steps(tmp_path, capsy
 @pytest.mark.parametrize(
     ("changes", "words", "message"),
     [
-        ({"steps": 20}, [], "behind 20 of 60 steps: its end is missing.*--allow_incomplete"),
+        ({"steps": 20}, [], "holds 20 of 60 steps: where its end is missing.*--allow_incomplete"),
+        ({"total_steps": -1}, [], "holds 60 of an unknown number of steps"),
         ({"norms": torch.tensor([1.0] * 40 + [math.nan])}, [], "got NaN at step 40: the run has diverged"),
         ({"norms": torch.zeros(60)}, [], "must not all be zero"),
         ({"norms": torch.ones(12)}, [], r"tau \* len\(norms\) must be at least 3"),
@@ -120,5 +121,8 @@ def test_runs_without_a_record(tmp_path, capsys):
     assert main(["refine", "nowhere"]) == 2
     assert "there is no run folder nowhere" in capsys.readouterr().err
     (tmp_path / "other.npz").write_text("no")
+    assert main(["refine", str(tmp_path / "other.npz")]) == 2
+    assert "other.npz holds no record of gradient norms." in capsys.readouterr().err
+    (tmp_path / "other.npz").write_text("")  # numpy has an error of its own for it
     assert main(["refine", str(tmp_path / "other.npz")]) == 2
     assert "other.npz holds no record of gradient norms." in capsys.readouterr().err
