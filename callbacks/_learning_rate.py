@@ -31,13 +31,20 @@ def scale_lr(trainer: pl.Trainer, optimizer: Optimizer, factor: float) -> None:
     """Multiply the rate of every group, and what schedulers start from, so that schedules keep their shape."""
     for group in optimizer.param_groups:
         set_lr(group, float(group["lr"]) * factor)
-        if "initial_lr" in group:
-            group["initial_lr"] = float(group["initial_lr"]) * factor
+        for name in ("initial_lr", "max_lr", "min_lr"):  # the latter two are OneCycleLR's
+            if name in group:
+                group[name] = float(group[name]) * factor
     for config in trainer.lr_scheduler_configs:
-        scheduler: Any = config.scheduler
-        for name in ("base_lrs", "_last_lr"):
-            if hasattr(scheduler, name):
-                setattr(scheduler, name, [float(lr) * factor for lr in getattr(scheduler, name)])
+        _scale_start(config.scheduler, factor)
+
+
+def _scale_start(scheduler: Any, factor: float) -> None:
+    """Multiply what a scheduler starts from, and the schedulers that it is made of."""
+    for name in ("base_lrs", "max_lrs", "_last_lr"):  # max_lrs is CyclicLR's
+        if hasattr(scheduler, name):
+            setattr(scheduler, name, [float(lr) * factor for lr in getattr(scheduler, name)])
+    for part in getattr(scheduler, "_schedulers", []):  # torch has no public name for them
+        _scale_start(part, factor)
 
 
 def multiply_lr(optimizer: Optimizer, factor: float) -> None:

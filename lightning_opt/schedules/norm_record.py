@@ -84,4 +84,6 @@ class NormRecord:
             raise
         except (KeyError, ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} holds no record of gradient norms") from error
+        if values["norm"] not in ("l1", "l2"):
+            raise ValueError(f"{path} holds norms of a kind that is not known: {values['norm']!r}")
         return cls(**{**values, "norms": torch.from_numpy(values["norms"])})

@@ -279,9 +279,11 @@ def test_refusals(tmp_path):
         def configure_optimizers(self):
             return None
 
-    with pytest.warns(UserWarning, match="this fit will run with no optimizer"):
-        with pytest.raises(MisconfigurationException, match="this one has 0"):
-            fit(tmp_path, GradNormRecorder(), net=Nothing())
+    with (
+        pytest.warns(UserWarning, match="this fit will run with no optimizer"),
+        pytest.raises(MisconfigurationException, match="this one has 0"),
+    ):
+        fit(tmp_path, GradNormRecorder(), net=Nothing())
     trainer = SimpleNamespace(strategy=object())
     with pytest.raises(MisconfigurationException, match="does not support object, where no rank holds the whole"):
         GradNormRecorder().setup(trainer, Net(), "fit")
