@@ -79,8 +79,8 @@ class LanczosLRLearner(StepProbe):
     then; it is saved, so a run that is killed later resumes exactly. One that is killed before chooses it then.
 
     Parameter groups keep the ratios of their rates. Nothing else may set the rate: a scheduler is refused, unless
-    ``on_scheduler="rebase"`` multiplies what the scheduler starts from, so that the learned rate takes its shape
-    (schedulers with an absolute floor or ceiling do not scale).
+    ``on_scheduler="rebase"`` multiplies what the scheduler starts from, so that the learned rate takes its shape: the
+    learned rate is the scheduler's base rate (an absolute floor, such as ``eta_min``, does not scale).
 
     Logs at each refresh ``lanczos_lr/lr`` (before decay), ``/momentum``, ``/L``, ``/mu``, ``/lambda_min``,
     ``/residual`` (an eigenvalue lies within it of :math:`L`), ``/matvecs`` (products so far), ``/rejected`` (refreshes
