@@ -55,8 +55,14 @@ def check_model(trainer: pl.Trainer, pl_module: pl.LightningModule, estimator: E
     """Refuse optimizers and layers that do not fit; to be called in ``on_fit_start``.
 
     Raises:
-        MisconfigurationException: With LBFGS, or ``"per_sample"`` with BatchNorm.
+        MisconfigurationException: With LBFGS, complex parameters, or ``"per_sample"`` with BatchNorm.
     """
+    for name, p in pl_module.named_parameters():
+        if p.requires_grad and p.is_complex():
+            raise MisconfigurationException(
+                f"AdaptiveBatchSize compares real gradients, and {name} is {p.dtype}; hold it as real numbers"
+                " (torch.view_as_real), or freeze it."
+            )
     if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
         raise MisconfigurationException(
             "AdaptiveBatchSize accumulates over several batches, which LBFGS would evaluate again; use another"

@@ -14,11 +14,12 @@ def only_optimizer(trainer: pl.Trainer, callback: pl.Callback) -> Optimizer:
     Raises:
         MisconfigurationException: If there are none or several.
     """
-    if len(trainer.optimizers) != 1:
+    optimizers = [optimizer for optimizer in trainer.optimizers if optimizer.param_groups]  # Lightning's mock has none
+    if len(optimizers) != 1:
         raise MisconfigurationException(
-            f"{type(callback).__name__} needs a run with one optimizer, this one has {len(trainer.optimizers)}."
+            f"{type(callback).__name__} needs a run with one optimizer, this one has {len(optimizers)}."
         )
-    return trainer.optimizers[0]
+    return optimizers[0]
 
 
 def largest_lr(optimizer: Optimizer) -> float:
@@ -30,13 +31,20 @@ def scale_lr(trainer: pl.Trainer, optimizer: Optimizer, factor: float) -> None:
     """Multiply the rate of every group, and what schedulers start from, so that schedules keep their shape."""
     for group in optimizer.param_groups:
         set_lr(group, float(group["lr"]) * factor)
-        if "initial_lr" in group:
-            group["initial_lr"] = float(group["initial_lr"]) * factor
+        for name in ("initial_lr", "max_lr", "min_lr"):  # the latter two are OneCycleLR's
+            if name in group:
+                group[name] = float(group[name]) * factor
     for config in trainer.lr_scheduler_configs:
-        scheduler: Any = config.scheduler
-        for name in ("base_lrs", "_last_lr"):
-            if hasattr(scheduler, name):
-                setattr(scheduler, name, [float(lr) * factor for lr in getattr(scheduler, name)])
+        _scale_start(config.scheduler, factor)
+
+
+def _scale_start(scheduler: Any, factor: float) -> None:
+    """Multiply what a scheduler starts from, and the schedulers that it is made of."""
+    for name in ("base_lrs", "max_lrs", "_last_lr"):  # max_lrs is CyclicLR's
+        if hasattr(scheduler, name):
+            setattr(scheduler, name, [float(lr) * factor for lr in getattr(scheduler, name)])
+    for part in getattr(scheduler, "_schedulers", []):  # torch has no public name for them
+        _scale_start(part, factor)
 
 
 def multiply_lr(optimizer: Optimizer, factor: float) -> None:

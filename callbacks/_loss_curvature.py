@@ -47,8 +47,8 @@ def check_has_curvature(
         param_filter: Patterns of the names of the parameters that are measured; see :func:`matches`.
 
     Raises:
-        MisconfigurationException: As :func:`check_can_probe`; with parameters of less than 32 bits, or embeddings with
-            sparse gradients.
+        MisconfigurationException: As :func:`check_can_probe`; with parameters that are complex or of less than 32 bits,
+            or embeddings with sparse gradients.
     """
     check_can_probe(trainer, pl_module, who, loss_fn)
     if str(trainer.precision) in ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16"):
@@ -56,6 +56,13 @@ def check_has_curvature(
             f"{who} differentiates twice, for which precision={trainer.precision!r} is too coarse; use 32-true or a"
             " mixed precision, whose parameters are float32."
         )
+    chosen = {n: p for n, p in pl_module.named_parameters() if p.requires_grad and matches(n, param_filter)}
+    for name, p in chosen.items():
+        if p.dtype not in (torch.float32, torch.float64):
+            raise MisconfigurationException(
+                f"{who} differentiates twice by real parameters of at least 32 bits, and {name} is {p.dtype}; convert"
+                " it, or freeze it."
+            )
     embeddings = [name for name, m in pl_module.named_modules() if isinstance(m, nn.Embedding) and m.sparse]
     sparse = [name for name in embeddings if matches(f"{name}.weight", param_filter)]
     if sparse:

@@ -2,6 +2,7 @@ from typing import Literal, Protocol, get_args, runtime_checkable
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import (
+    BaseFinetuning,
     BatchSizeFinder,
     Callback,
     GradientAccumulationScheduler,
@@ -13,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 Possession = Literal["learning rate", "batch size", "closure"]
 
 _OF_LIGHTNING: dict[type[Callback], frozenset[Possession]] = {
+    BaseFinetuning: frozenset({"learning rate"}),  # of the groups that it adds
     BatchSizeFinder: frozenset({"batch size"}),
     GradientAccumulationScheduler: frozenset({"batch size"}),
     LearningRateFinder: frozenset({"learning rate"}),

@@ -19,6 +19,7 @@ from lightning_opt.curvature import (
     CurvatureOperator,
     GGNOperator,
     HessianOperator,
+    NonFiniteCurvatureError,
     Stability,
     lanczos,
     stability,
@@ -105,8 +106,12 @@ def read_stability(
     """Measure on the micro-batches of a step; None before Adam's first step.
 
     Raises:
-        NonFiniteCurvatureError: If a product holds NaN or infinity.
+        NonFiniteCurvatureError: If a product holds NaN or infinity, or the rate or the shares of the edge would.
     """
+    if not math.isfinite(largest_lr(optimizer)) or not momentum_of(optimizer) < 1:
+        raise NonFiniteCurvatureError(
+            f"the learning rate is {largest_lr(optimizer)} and the momentum {momentum_of(optimizer)}"
+        )
     generator = torch.Generator().manual_seed(settings.seed + trainer.global_step)
     with _curvature(trainer, pl_module, optimizer, window, settings, batch_idx) as (plain, forward):
         operator = in_metric(plain, optimizer)

@@ -53,6 +53,8 @@ class AdaptiveBatchSize(pl.Callback):
     micro-batch weighs as many samples as it holds, also the last ones of an epoch. ``val_check_interval`` and
     ``limit_train_batches`` count batches of the size that the run begins with, that is samples.
 
+    With ``drop_last`` an epoch lacks what does not fill a micro-batch of the size then in force.
+
     Read the training data with :class:`lightning_opt.data.ResumableLoader`; a plain DataLoader is replaced by one, and
     said so. ``training_step`` must return the mean over the samples of its batch.
 

@@ -17,6 +17,7 @@ from lightning_opt._lightning.log_rows import row_is_due, write_row
 from lightning_opt.registry import register
 from lightning_opt.schedules import NormRecord
 
+from ._learning_rate import only_optimizer
 from ._log_values import is_wanted, to_floats
 from ._report_panel import Panel
 
@@ -95,6 +96,7 @@ class GradNormRecorder(pl.Callback):
         self._norms = torch.zeros(0, dtype=torch.float64)
         self._steps = 0  # that the optimizer has taken
         self._skipped = 0  # that it was to take
+        self._missed = 0  # of the run before the record began
 
     def _begin(self) -> None:
         """What belongs to one fit."""
@@ -121,10 +123,7 @@ class GradNormRecorder(pl.Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if len(trainer.optimizers) != 1:
-            raise MisconfigurationException(
-                f"GradNormRecorder records one optimizer; this run has {len(trainer.optimizers)}."
-            )
+        only_optimizer(trainer, self)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector of Lightning's
             self._path = self._directory(trainer) / self.filename
 
@@ -133,6 +132,7 @@ class GradNormRecorder(pl.Callback):
         if trainer.global_step == 0:
             self._forget()
         elif self._steps == 0:
+            self._missed = trainer.global_step
             rank_zero_warn(
                 f"GradNormRecorder was not there from the beginning: the record lacks the first {trainer.global_step}"
                 " steps"
@@ -197,8 +197,8 @@ class GradNormRecorder(pl.Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.should_stop:
-            self._total = self._steps + self._skipped  # all, however many they turned out to be
+        if not trainer.should_stop or self._total < 0:
+            self._total = self._missed + self._steps + self._skipped  # all, however many they turned out to be
         self._write(trainer)
 
     @override
@@ -213,13 +213,14 @@ class GradNormRecorder(pl.Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         self._flush()
-        return {"norms": self._norms, "steps": self._steps, "skipped": self._skipped}
+        return {"norms": self._norms, "steps": self._steps, "skipped": self._skipped, "missed": self._missed}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._stage == "fit":  # validate and test restore callbacks too
             self._norms = state_dict["norms"].clone()
             self._steps, self._skipped = state_dict["steps"], state_dict["skipped"]
+            self._missed = state_dict.get("missed", 0)
 
     def report_panels(self) -> list[Panel]:
         """The norms, for :class:`RunReport`."""
@@ -251,8 +252,8 @@ class GradNormRecorder(pl.Callback):
 
     def _write(self, trainer: pl.Trainer) -> None:
         self._flush()
-        if self._path is None or not trainer.is_global_zero or not len(self._norms):
-            return
+        if self._path is None or not trainer.is_global_zero or not len(self._norms) or not self._about:
+            return  # or the run has ended before its training began
         self._path.parent.mkdir(parents=True, exist_ok=True)
         done = self._steps + self._skipped
         NormRecord(norms=self._norms, total_steps=self._total, steps=done, **self._about).save(self._path)

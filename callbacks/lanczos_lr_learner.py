@@ -27,7 +27,7 @@ from lightning_opt.curvature.step_rules import RULES, LowerEnd, Rule
 from lightning_opt.registry import register
 
 from ._lanczos_panels import lanczos_panels
-from ._learning_rate import largest_lr, only_optimizer, scale_lr, set_lr
+from ._learning_rate import only_optimizer, scale_lr, set_lr
 from ._loss_curvature import (
     Curvature,
     Products,
@@ -79,8 +79,8 @@ class LanczosLRLearner(StepProbe):
     then; it is saved, so a run that is killed later resumes exactly. One that is killed before chooses it then.
 
     Parameter groups keep the ratios of their rates. Nothing else may set the rate: a scheduler is refused, unless
-    ``on_scheduler="rebase"`` multiplies what the scheduler starts from, so that the learned rate takes its shape
-    (schedulers with an absolute floor or ceiling do not scale).
+    ``on_scheduler="rebase"`` multiplies what the scheduler starts from, so that the learned rate takes its shape: the
+    learned rate is the scheduler's base rate (an absolute floor, such as ``eta_min``, does not scale).
 
     Logs at each refresh ``lanczos_lr/lr`` (before decay), ``/momentum``, ``/L``, ``/mu``, ``/lambda_min``,
     ``/residual`` (an eigenvalue lies within it of :math:`L`), ``/matvecs`` (products so far), ``/rejected`` (refreshes
@@ -312,8 +312,14 @@ class LanczosLRLearner(StepProbe):
         assert self._optimizer is not None
         self._steps = trainer.estimated_stepping_batches
         if self._lr is None:  # a new run
-            self._lr = largest_lr(self._optimizer)
-            rates = [float(group["lr"]) for group in self._optimizer.param_groups]
+            start = "initial_lr" if trainer.lr_scheduler_configs else "lr"  # a warm-up has lowered the other
+            rates = [float(group.get(start, group["lr"])) for group in self._optimizer.param_groups]
+            self._lr = max(rates)
+            if trainer.lr_scheduler_configs and not self._lr > 0:
+                raise MisconfigurationException(
+                    "LanczosLRLearner(on_scheduler='rebase') multiplies the rates that the scheduler starts from, and"
+                    f" they are {self._lr}; give the optimizer a positive lr."
+                )
             self._shares = [lr / self._lr if self._lr else 1.0 for lr in rates]
 
     @override
@@ -391,7 +397,7 @@ class LanczosLRLearner(StepProbe):
         schedule = self._schedule
         if schedule.is_timing:
             schedule.refresh_seconds.append(time.perf_counter() - begin)
-            if step >= DENSE:
+            if step >= DENSE and schedule.step_seconds:  # none if the run was resumed just now, without this callback
                 schedule.interval = trainer.strategy.broadcast(schedule.chosen(self._steps))
         schedule.advance(step)
         self._window = [entry for entry in self._window if self._is_near(entry[0])]

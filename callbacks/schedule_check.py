@@ -20,8 +20,10 @@ class ScheduleCheck(pl.Callback):
     When training begins, the length of every schedule is compared with the run's: a schedule in steps that is stepped
     every epoch, the most common of such mistakes, shows at once. When training ends earlier than planned (early
     stopping, ``max_time``, ``max_steps``), a schedule that was still under way is reported with the share of the rate
-    that was left: the gain of a decay lies in its end. Schedules of this package have a length, and those of torch that
-    end in a final rate; ``fast_dev_run`` is not checked. The ``lightning-opt`` command adds this callback itself.
+    that was left: the gain of a decay lies in its end. A schedule of this package without an end, such as
+    ``SampleBasedLR``, is reported if it is stepped every epoch. The others of this package have a length, and those of
+    torch that end in a final rate; ``fast_dev_run`` is not checked. The ``lightning-opt`` command adds this callback
+    itself.
 
     Example:
         >>> import lightning.pytorch as pl
@@ -41,6 +43,11 @@ class ScheduleCheck(pl.Callback):
             return
         for number, config in enumerate(trainer.lr_scheduler_configs):
             end, planned = horizon(config.scheduler), _planned(trainer, config)
+            if end is None and isinstance(config.scheduler, StepSchedule) and config.interval == "epoch":
+                rank_zero_warn(
+                    f"{type(config.scheduler).__name__} counts optimizer steps and is stepped every {_unit(config)}; is"
+                    " interval='step' meant (--lr_scheduler_interval=step)?"
+                )
             if end is None or planned is None:
                 continue
             (argument, length), name = end, type(config.scheduler).__name__
@@ -66,11 +73,14 @@ class ScheduleCheck(pl.Callback):
             return
         for number, config in enumerate(trainer.lr_scheduler_configs):
             end = horizon(config.scheduler)
-            done = config.scheduler.last_epoch
-            if end is None or done >= end[1] or number in self._known:
+            if end is None or number in self._known:
                 continue
+            done = config.scheduler.last_epoch
             group = config.scheduler.optimizer.param_groups[0]
-            left = float(group["lr"]) / float(group["initial_lr"])
+            base = float(group["initial_lr"])
+            if done >= end[1] or base == 0:
+                continue
+            left = float(group["lr"]) / base
             rank_zero_warn(
                 f"the run ended behind {done} {_unit(config)}s, before its schedule"
                 f" {type(config.scheduler).__name__} with {end[0]}={end[1]}: the learning rate is still {left:.0%} of"

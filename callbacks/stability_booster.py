@@ -170,7 +170,7 @@ class StabilityBooster(StepProbe):
         share = getattr(reading.stability, self.quantity)
         factor = self.shrink if share > 1 else self.growth if share < self.target and falls else 1.0
         lr = largest_lr(self._optimizer)
-        if self.lr_max is not None and factor > 1:
+        if self.lr_max is not None and factor > 1 and lr > 0:
             factor = max(1.0, min(factor, self.lr_max / lr))
         if factor != 1:
             scale_lr(trainer, self._optimizer, factor)

@@ -57,11 +57,14 @@ def refine(arguments: list[str]) -> int:
         raise UserError(f"{taken[0]} exists; --force overwrites it.")
     schedule, smooth, clamped = _refine(path, record, options.method, options.tau, options.floor)
 
-    out.mkdir(parents=True, exist_ok=True)
     files = [out / name for name in OUTPUTS]
-    save_schedule(files[0], schedule)
-    draw(files[1], record, smooth, schedule)
-    runnable = write_config(files[2], _run_folder(path) / "config.yaml", files[0])
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        runnable = write_config(files[2], _run_folder(path) / "config.yaml", files[0])
+        save_schedule(files[0], schedule)
+        draw(files[1], record, smooth, schedule)
+    except OSError as error:
+        raise UserError(f"cannot write to {out} ({error.strerror}); choose another folder with --out.") from error
     print(_report(path, record, summarize(schedule), clamped))
     for name, file in zip(("schedule", "picture", "config"), files, strict=True):
         print(f"{name + ':':<10}{file}")
@@ -153,6 +156,9 @@ def write_config(path: Path, base: Path, schedule: Path) -> bool:
 
     Returns:
         Whether it can be run alone; otherwise it holds the scheduler only, for use on top of another.
+
+    Raises:
+        UserError: If the base is there and is no config.
     """
     scheduler = {
         "class_path": f"lightning_opt.schedules.{RefinedLR.__name__}",
@@ -161,7 +167,12 @@ def write_config(path: Path, base: Path, schedule: Path) -> bool:
     config: dict[str, Any] = {"lr_scheduler": scheduler, "lr_scheduler_interval": None}
     runnable = base.is_file()
     if runnable:
-        old = yaml.safe_load(base.read_text())
+        try:
+            old = yaml.safe_load(base.read_text())
+        except yaml.YAMLError as error:
+            raise UserError(f"{base} is not valid YAML, so it cannot be repeated: {error}") from error
+        if not isinstance(old, dict):
+            raise UserError(f"{base} holds no config to repeat; mend it, or move it away for a config to go on top.")
         config = {**old, **config, "ckpt_path": None, "name": f"{old.get('name') or 'fit'}_refined"}
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     return runnable
@@ -173,10 +184,11 @@ def _load(path: Path, *, allow_incomplete: bool) -> NormRecord:
     except (ValueError, OSError) as error:
         raise UserError(f"{error}.") from error
     if not record.complete and not allow_incomplete:
+        planned = record.total_steps if record.total_steps >= 0 else "an unknown number of"
         raise UserError(
-            f"{path} is of a run that crashed or was stopped, behind {record.steps} of {record.total_steps} steps: its"
-            " end is missing, where the schedule matters most. Resume the run, or take the record for that of a"
-            " shorter run with --allow_incomplete."
+            f"{path} is of a run that crashed, was stopped or was recorded in part, and holds {record.steps} of"
+            f" {planned} steps: where its end is missing, that is where the schedule matters most. Resume the run, or"
+            " take the record for that of a shorter run with --allow_incomplete."
         )
     return record
 

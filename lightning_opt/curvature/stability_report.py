@@ -128,10 +128,15 @@ def stability_report(
         check_interval("max_batches", max_batches, 1)
     if loss_fn is None and not hasattr(module, "training_step"):
         raise ValueError(f"loss_fn must be given, since {type(module).__name__} has no training_step, got None")
-    of_step = batch_size or getattr(loader, "batch_size", None)
+    of_step = getattr(loader, "batch_size", None) if batch_size is None else batch_size
     if of_step is None:
         raise ValueError(f"batch_size must be given, since {type(loader).__name__} has none, got None")
+    check_interval("batch_size", of_step, 1)
+    check_interval("lr", lr, 0)
+    check_interval("momentum", momentum, 0, 1, closed="[)")
     parameters = [p for p in module.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError(f"module must have parameters that require gradients, and {type(module).__name__} has none")
     device = parameters[0].device
     generator = torch.Generator().manual_seed(seed)
     with untouched(module, device), probe_mode(module):

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import numbers
 import warnings
 from typing import Any, ClassVar, Literal
 
@@ -92,7 +93,7 @@ class StepSchedule(LRScheduler):
 
 
 def check_steps(name: str, value: Any, low: int) -> int:
-    """Return a number of steps as an int; a float with an integral value is accepted.
+    """Return a number of steps as an int; a float with an integral value is accepted, and numpy's integers.
 
     Raises:
         ValueError: If it is None, infinite, no whole number or below ``low``.
@@ -104,7 +105,12 @@ def check_steps(name: str, value: Any, low: int) -> int:
         )
     if value == math.inf:
         raise ValueError(f"{name} is infinite: the run has no known end; set the Trainer's max_steps or max_epochs")
-    whole = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value and int(value) == value
+    whole = (
+        isinstance(value, (int, float, numbers.Integral))
+        and not isinstance(value, bool)
+        and value == value
+        and int(value) == value
+    )
     if not whole or value < low:
         raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
     return int(value)

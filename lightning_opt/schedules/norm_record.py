@@ -20,8 +20,10 @@ class NormRecord:
         norm: Which norm.
         optimizer: Class name of the optimizer.
         lr: Its learning rate at the beginning, of its first group.
-        total_steps: Optimizer steps that the run was to have, or -1 if that was not known.
-        steps: Optimizer steps that it had when the record was written.
+        total_steps: Optimizer steps that the run was to have, or -1 if that was not known; once it has ended, that it
+            had.
+        steps: Optimizer steps that are recorded: those that it had when the record was written, if it is recorded from
+            the beginning.
         every_n_steps: Steps between two norms.
         batch_size: Samples of a micro-batch on one rank, or -1 if that was not known.
         accumulate_grad_batches: Micro-batches of a step.
@@ -48,8 +50,8 @@ class NormRecord:
 
     @property
     def complete(self) -> bool:
-        """Whether the run had all its steps, as far as that was known."""
-        return self.total_steps < 0 or self.steps >= self.total_steps
+        """Whether the run had all its steps, and all of them are recorded."""
+        return 0 <= self.total_steps <= self.steps
 
     def save(self, path: str | Path) -> None:
         """Write the record; a reader finds the old file or the new one, never a part."""
@@ -80,6 +82,8 @@ class NormRecord:
                 }
         except FileNotFoundError:
             raise
-        except (KeyError, ValueError, TypeError, OSError, zipfile.BadZipFile) as error:
+        except (KeyError, ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} holds no record of gradient norms") from error
+        if values["norm"] not in ("l1", "l2"):
+            raise ValueError(f"{path} holds norms of a kind that is not known: {values['norm']!r}")
         return cls(**{**values, "norms": torch.from_numpy(values["norms"])})

@@ -179,5 +179,5 @@ def load_schedule(path: str | Path) -> Tensor:
             return torch.from_numpy(file["schedule"].astype(np.float64))
     except FileNotFoundError as error:
         raise ValueError(f"schedule must be a file that `lightning-opt refine` wrote; there is no {path}") from error
-    except (KeyError, ValueError, TypeError, OSError, zipfile.BadZipFile) as error:
+    except (KeyError, ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"schedule must be a file that `lightning-opt refine` wrote; {path} holds none") from error

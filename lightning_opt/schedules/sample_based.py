@@ -106,7 +106,9 @@ class SampleBasedLR(StepSchedule):
     @override
     def step(self, epoch: Any = None) -> None:
         """Count the samples of the step that was made."""
-        if self._started:  # torch calls it once when the scheduler is made
+        if (
+            self._started and self.last_epoch >= 0
+        ):  # torch calls it when the scheduler is made, and put in a SequentialLR
             self.samples += self.batch_size
         self._started = True
         super().step()

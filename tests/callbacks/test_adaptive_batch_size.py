@@ -754,6 +754,12 @@ class Normalised(Line):
         self.norm = nn.BatchNorm1d(3)
 
 
+class Complex(Line):
+    def __init__(self):
+        super().__init__()
+        self.phase = nn.Parameter(torch.ones(2, dtype=torch.complex128))
+
+
 def schedule(optimizer):
     return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
 
@@ -770,6 +776,7 @@ def schedule(optimizer):
         (Line, {}, {"accumulate_grad_batches": 2}, "leave accumulate_grad_batches at 1"),
         (Line, {"estimator": "worker"}, {}, "compares the gradients of ranks, and there is one; use 'micro'"),
         (Normalised, {"estimator": "per_sample"}, {}, "BatchNorm mixes; use estimator='micro'"),
+        (Complex, {}, {}, "compares real gradients, and phase is torch.complex128"),
         (lambda: Line(optimizer=torch.optim.LBFGS), {}, {}, "LBFGS would evaluate again"),
         (lambda: Line(schedule=schedule), {"lr_scale": "sqrt"}, {}, "both set the learning rate"),
         (Line, {"b_max": 4}, {}, r"AdaptiveBatchSize\(b_max=4\) is below the loader's 8 samples a step"),

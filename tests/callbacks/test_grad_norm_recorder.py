@@ -200,6 +200,31 @@ def test_a_record_that_began_late_says_so(tmp_path):
     with pytest.warns(UserWarning, match="the record lacks the first 4 steps"):
         fit(tmp_path, GradNormRecorder(), ResumeState(), ckpt_path=tmp_path / "c.ckpt")
     assert len(record(tmp_path).norms) == 8
+    assert (record(tmp_path).steps, record(tmp_path).total_steps, record(tmp_path).complete) == (8, 12, False)
+
+
+def test_a_resumed_run_that_ends_before_its_training_begins_leaves_the_record_alone(tmp_path):
+    class Save(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 4:
+                trainer.save_checkpoint(tmp_path / "c.ckpt")
+
+    class Fails(Callback):
+        def on_train_start(self, *_):
+            raise RuntimeError("planted")
+
+    fit(tmp_path, GradNormRecorder(), Save())
+    with pytest.raises(RuntimeError, match="planted"):
+        fit(tmp_path, Fails(), GradNormRecorder(), ckpt_path=tmp_path / "c.ckpt")
+    assert (record(tmp_path).steps, record(tmp_path).complete) == (12, True)
+
+
+def test_a_run_without_a_known_end_is_complete_once_it_has_ended(tmp_path):
+    with pytest.raises(RuntimeError, match="planted"):
+        fit(tmp_path, GradNormRecorder(), Stops(15, RuntimeError("planted")), max_epochs=-1)
+    assert (record(tmp_path).steps, record(tmp_path).complete) == (15, False)
+    fit(tmp_path, GradNormRecorder(), Stops(15), max_epochs=-1)
+    assert (record(tmp_path).steps, record(tmp_path).complete) == (15, True)
 
 
 def test_norms_stay_on_the_device_until_they_are_asked_for(tmp_path, monkeypatch):
@@ -245,8 +270,20 @@ def test_refusals(tmp_path):
         def configure_optimizers(self):
             return [torch.optim.SGD(self.net[0].parameters(), 0.1), torch.optim.SGD(self.net[2].parameters(), 0.1)]
 
-    with pytest.raises(MisconfigurationException, match="records one optimizer; this run has 2"):
+    with pytest.raises(
+        MisconfigurationException, match="GradNormRecorder needs a run with one optimizer, this one has 2"
+    ):
         fit(tmp_path, GradNormRecorder(), net=Two())
+
+    class Nothing(Net):
+        def configure_optimizers(self):
+            return None
+
+    with (
+        pytest.warns(UserWarning, match="this fit will run with no optimizer"),
+        pytest.raises(MisconfigurationException, match="this one has 0"),
+    ):
+        fit(tmp_path, GradNormRecorder(), net=Nothing())
     trainer = SimpleNamespace(strategy=object())
     with pytest.raises(MisconfigurationException, match="does not support object, where no rank holds the whole"):
         GradNormRecorder().setup(trainer, Net(), "fit")

@@ -6,9 +6,19 @@ import warnings
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    CosineAnnealingLR,
+    CyclicLR,
+    ExponentialLR,
+    LambdaLR,
+    LinearLR,
+    OneCycleLR,
+    SequentialLR,
+)
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_opt.callbacks import LanczosLRLearner, ResumeState, RunReport
@@ -16,6 +26,7 @@ from lightning_opt.callbacks import lanczos_lr_learner as learner_module
 from lightning_opt.callbacks._refresh_schedule import DENSE, RefreshSchedule, refreshes
 from lightning_opt.curvature import step_rule
 from lightning_opt.data import ResumableLoader
+from lightning_opt.schedules import LinearDecayLR
 from lightning_opt.testing._ranks import on_two_ranks
 
 settings = {
@@ -185,6 +196,60 @@ def test_a_schedule_is_refused_or_rebased():
         assert b[0] == pytest.approx(a[0] / (1 + step), rel=1e-12)
 
 
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda o: LambdaLR(o, lambda step: step / 10),
+        lambda o: LinearDecayLR(o, 50, warmup_steps=4),
+        lambda o: OneCycleLR(o, 123.0, 50, cycle_momentum=False),
+        lambda o: CyclicLR(o, 1.0, 123.0, step_size_up=4, cycle_momentum=False),
+        lambda o: SequentialLR(o, [LinearLR(o, 0.1, total_iters=4), CosineAnnealingLR(o, 46)], [4]),
+        lambda o: ChainedScheduler([LinearLR(o, 0.1, total_iters=4), ExponentialLR(o, 0.9)]),
+    ],
+)
+def test_the_learned_rate_is_the_base_of_the_schedule(schedule):
+    """With the rate learned once, the rates are those of the schedule over its base rates, times what was learned."""
+
+    def make(parameters):
+        optimizer = sgd(lr=123.0)(parameters)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule(optimizer), "interval": "step"}}
+
+    plain, trainer = fit(Callback(), Net(make))
+    base = trainer.optimizers[0].param_groups[0]["initial_lr"]
+    learner = LanczosLRLearner(refresh_every_n_steps=1000, on_scheduler="rebase")
+    rebased, _ = fit(learner, Net(make))
+    learned = learner.state_dict()["lr"]
+    assert learned != pytest.approx(base, rel=1e-3)
+    expected = [rate[0] / base * learned for rate in plain.rates]
+    assert [rate[0] for rate in rebased.rates] == pytest.approx(expected, rel=1e-9, abs=0)
+
+
+def test_a_learned_rate_cannot_be_the_base_of_a_schedule_that_starts_from_zero():
+    def make(parameters):
+        optimizer = sgd(lr=0.0)(parameters)
+        return [optimizer], [LambdaLR(optimizer, lambda step: 1.0)]
+
+    with pytest.raises(MisconfigurationException, match="they are 0.0; give the optimizer a positive lr"):
+        fit(LanczosLRLearner(on_scheduler="rebase"), Net(make))
+
+
+def test_a_run_that_is_resumed_without_the_callback_s_state(tmp_path):
+    """Its first refresh is behind step 16, where the interval is chosen, with no step timed."""
+
+    class Save(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 20:
+                trainer.save_checkpoint(tmp_path / "c.ckpt")
+
+    fit(Save(), max_epochs=3)
+    learner = LanczosLRLearner()
+    _, trainer = fit(learner, max_epochs=6, ckpt_path=tmp_path / "c.ckpt")
+    assert trainer.global_step == 48
+    state = learner.state_dict()
+    assert state["schedule"]["interval"] >= 1  # chosen at the second refresh, at step 40
+    assert state["learned_at"] >= 40
+
+
 def test_adam_is_told_the_preconditioned_curvature():
     learner = LanczosLRLearner(refresh_every_n_steps=1, start="optimizer", growth=math.inf, num_steps=20)
     module = Net(lambda parameters: torch.optim.Adam(parameters, lr=1e-3))
@@ -246,12 +311,16 @@ def test_bad_input_is_refused_before_the_first_step():
         def __iter__(self):
             return iter(zip(*data(), strict=True))
 
+    complex_net = Net()
+    complex_net.net[0].weight = nn.Parameter(torch.ones(8, 5, dtype=torch.complex64))
     cases = [
         ("one optimizer, this one has 2", {"module": Net(two)}),
         ("not for RMSprop", {"module": Net(torch.optim.RMSprop)}),
         ("dampening=0", {"module": Net(sgd(dampening=0.1, nesterov=False))}),
         ("optimizes by hand; give loss_fn", {"module": Manual()}),
         ("precision='bf16-true' is too coarse", {"precision": "bf16-true"}),
+        ("net.0.weight is torch.bfloat16; convert it, or freeze it", {"module": Net().bfloat16()}),
+        ("net.0.weight is torch.complex64; convert it, or freeze it", {"module": complex_net}),
         ("must know how long", {"loader": DataLoader(Endless(), 4), "max_epochs": -1}),
     ]
     for message, options in cases:

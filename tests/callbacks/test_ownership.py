@@ -4,6 +4,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
     BatchSizeFinder,
     GradientAccumulationScheduler,
     LearningRateFinder,
@@ -49,6 +50,7 @@ def test_a_sole_owner_is_accepted():
         (Learner(), Grower(), "Learner and Grower both set the learning rate"),
         (Grower(), Grower(), "Grower and Grower both set the learning rate"),
         (Learner(), StochasticWeightAveraging(0.1), "both set the learning rate"),
+        (Learner(), BackboneFinetuning(), "Learner and BackboneFinetuning both set the learning rate"),
         (Grower(), GradientAccumulationScheduler({2: 2}), "both set the batch size"),
         (Grower(), BatchSizeFinder(), "Grower and BatchSizeFinder both set the batch size"),
         (Learner(), LearningRateFinder(), "Learner and LearningRateFinder both set the learning rate"),

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_opt.callbacks import ScheduleCheck
-from lightning_opt.schedules import LinearDecayLR
+from lightning_opt.schedules import LastIterateLR, LinearDecayLR, SampleBasedLR
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -119,3 +119,36 @@ def test_a_run_whose_end_is_not_known():
     net.training_step = lambda batch, batch_idx: net.net(batch).square().mean()
     (text,) = fit(net, data=data)
     assert "the run ended behind 6 optimizer steps" in text
+
+
+@pytest.mark.parametrize("schedule", [lambda o: SampleBasedLR(o, 4, 72), lambda o: LastIterateLR(o, "sqrt")])
+def test_a_schedule_in_steps_without_an_end_that_is_stepped_every_epoch(schedule):
+    (text,) = fit(Net(schedule, "epoch"))
+    assert "counts optimizer steps and is stepped every epoch; is interval='step' meant" in text
+    assert fit(Net(schedule)) == []
+
+
+def test_schedulers_and_rates_that_nothing_is_known_of():
+    class Own:
+        """As the Trainer takes them where the module has a hook of its own for them."""
+
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+        def state_dict(self):
+            return {}
+
+        def load_state_dict(self, state):
+            pass
+
+    class Steps(Net):
+        def lr_scheduler_step(self, scheduler, metric):
+            pass
+
+    assert fit(Steps(Own), Stops()) == []
+
+    def from_zero(optimizer):
+        optimizer.param_groups[0]["lr"] = 0.0
+        return LinearDecayLR(optimizer, 18)
+
+    assert fit(Net(from_zero), Stops()) == []  # there is no share of nothing

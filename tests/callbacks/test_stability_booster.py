@@ -77,6 +77,11 @@ def test_the_rate_shrinks_beyond_the_edge_and_growth_has_a_limit():
     assert max(fit(StabilityBooster(every_n_steps=1, lr_max=0.01), Line(1.0, 0.2, falling))) == pytest.approx(0.2)
 
 
+def test_a_rate_of_zero_stays():
+    falling = [float(9 - i) for i in range(8)]
+    assert fit(StabilityBooster(every_n_steps=1, lr_max=0.01), Line(1.0, 0.0, falling)) == [0.0] * 8
+
+
 def test_the_quantity_counts_the_noise_of_batches():
     """One sample of a stream: the trace counts in full, so the edge of rho_mix is where that of rho_top is."""
     booster = StabilityBooster(every_n_steps=1, dataset_size="infinite")

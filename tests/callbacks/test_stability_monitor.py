@@ -293,3 +293,18 @@ def test_outputs_are_needed():
 def test_wrong_values(options, message):
     with pytest.raises(ValueError, match=message):
         StabilityMonitor(**options)
+
+
+@pytest.mark.parametrize(("lr", "momentum"), [(math.inf, 0.0), (0.0, 1.0)])
+def test_a_rate_or_a_momentum_without_an_edge_is_left_out(lr, momentum):
+    """A rule or a scheduler may set them in the middle of a run, which a callback that only watches must not end."""
+
+    class Sets(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if batch_idx == 1:
+                trainer.optimizers[0].param_groups[0].update(lr=lr, momentum=momentum)
+
+    with pytest.warns(UserWarning, match=f"at step 2: the learning rate is {lr} and the momentum {momentum}"):
+        _, trainer, rows = fit(StabilityMonitor(every_n_steps=1), Net(), Sets())
+    assert trainer.global_step == 4
+    assert [step for name, step in rows if name == "stability/trace"] == [0, 1]

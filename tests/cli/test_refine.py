@@ -90,7 +90,8 @@ def test_every_third_step_recorded_gives_a_schedule_of_all_steps(tmp_path, capsy
 @pytest.mark.parametrize(
     ("changes", "words", "message"),
     [
-        ({"steps": 20}, [], "behind 20 of 60 steps: its end is missing.*--allow_incomplete"),
+        ({"steps": 20}, [], "holds 20 of 60 steps: where its end is missing.*--allow_incomplete"),
+        ({"total_steps": -1}, [], "holds 60 of an unknown number of steps"),
         ({"norms": torch.tensor([1.0] * 40 + [math.nan])}, [], "got NaN at step 40: the run has diverged"),
         ({"norms": torch.zeros(60)}, [], "must not all be zero"),
         ({"norms": torch.ones(12)}, [], r"tau \* len\(norms\) must be at least 3"),
@@ -114,11 +115,35 @@ def test_an_incomplete_record_on_request(tmp_path, capsys):
     assert len(load_schedule(tmp_path / "refined.npz")) == 60
 
 
+@pytest.mark.parametrize(("text", "message"), [("", "holds no config to repeat"), ("a: [1", "is not valid YAML")])
+def test_a_run_whose_config_is_damaged(text, message, tmp_path, capsys):
+    write(tmp_path / "gradnorms.npz")
+    (tmp_path / "config.yaml").write_text(text)
+    assert main(["refine", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "refined.npz").exists()
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path, capsys):
+    path = write(tmp_path / "gradnorms.npz")
+    for out in (path, path / "below"):  # a file, not a folder
+        assert main(["refine", str(path), f"--out={out}"]) == 2
+        assert f"cannot write to {out}" in capsys.readouterr().err
+
+
+def test_a_norm_that_is_not_known(tmp_path, capsys):
+    assert main(["refine", str(write(tmp_path / "gradnorms.npz", norm="l3"))]) == 2
+    assert "holds norms of a kind that is not known: 'l3'" in capsys.readouterr().err
+
+
 def test_runs_without_a_record(tmp_path, capsys):
     assert main(["refine", str(tmp_path)]) == 2
     assert "holds no gradnorms.npz. Train with --trainer.callbacks+=GradNormRecorder" in capsys.readouterr().err
     assert main(["refine", "nowhere"]) == 2
     assert "there is no run folder nowhere" in capsys.readouterr().err
     (tmp_path / "other.npz").write_text("no")
+    assert main(["refine", str(tmp_path / "other.npz")]) == 2
+    assert "other.npz holds no record of gradient norms." in capsys.readouterr().err
+    (tmp_path / "other.npz").write_text("")  # numpy has an error of its own for it
     assert main(["refine", str(tmp_path / "other.npz")]) == 2
     assert "other.npz holds no record of gradient norms." in capsys.readouterr().err

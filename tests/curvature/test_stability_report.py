@@ -178,7 +178,11 @@ def test_what_cannot_be_measured_is_refused():
         ({"loader": [batch], "batch_size": 1, "trace": "xtrace", **options}, "trace must be one of"),
         ({"loader": [batch], "batch_size": 1, "dataset_size": "all", **options}, "dataset_size must be one of"),
         ({"loader": [batch], "batch_size": 1, "lr": -1.0, **options}, "lr must be >= 0"),
+        ({"loader": [batch], "batch_size": 0, **options}, "batch_size must be >= 1"),
+        ({"loader": [batch], "batch_size": 1, "momentum": 1.0, **options}, r"momentum must be in \[0, 1\)"),
     ]
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):
             stability_report(net, **{"lr": 0.1, **arguments})
+    with pytest.raises(ValueError, match="parameters that require gradients, and Linear has none"):
+        stability_report(linear(3, 2).requires_grad_(False), [batch], 0.1, 4, **options)

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -102,3 +103,10 @@ def test_a_resumed_schedule_keeps_its_horizon_and_says_so():
     with pytest.warns(UserWarning, match="continues the saved schedule with total_steps=4, not 8"):
         long.load_state_dict(short.state_dict())
     assert factors(long, 2)[1:] == [0.25, 0.0]
+
+
+def test_a_number_of_steps_may_be_numpys():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = LinearDecayLR(optimizer, total_steps=np.int64(4), warmup_steps=np.int32(1))
+    assert (type(scheduler.total_steps), type(scheduler.warmup_steps)) == (int, int)  # a checkpoint holds no others
+    assert scheduler.get_last_lr() == [0.5]

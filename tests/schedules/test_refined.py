@@ -93,9 +93,10 @@ def test_wrong_schedules(schedule, message):
 
 def test_files_that_hold_no_schedule(tmp_path):
     (tmp_path / "text.npz").write_text("hello")
+    (tmp_path / "empty.npz").write_text("")
     np.savez(tmp_path / "other.npz", norms=np.ones(3))
     np.save(tmp_path / "array.npy", np.ones(3))
-    for name in ("text.npz", "other.npz", "array.npy"):
+    for name in ("text.npz", "empty.npz", "other.npz", "array.npy"):
         with pytest.raises(ValueError, match=f"{name} holds none"):
             RefinedLR(optimizer(), str(tmp_path / name), 5)
     with pytest.raises(ValueError, match="at least 2|integer >= 2"):

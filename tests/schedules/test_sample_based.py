@@ -66,6 +66,22 @@ def test_a_saved_schedule_is_continued():
         second.step()
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_as_a_part_of_torchs_sequence(place):
+    """Torch makes each part's first step twice, and takes one back."""
+    kwargs = {"warmup_samples": 20, "lr_decay_samples": 60, "decay": "linear"}
+    alone, _ = rates([10] * 5, **kwargs)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    parts = [SampleBasedLR(optimizer, 10, **kwargs), torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)]
+    sequence = torch.optim.lr_scheduler.SequentialLR(optimizer, parts if place == 0 else parts[::-1], [5])
+    found = []
+    for _ in range(10):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        sequence.step()
+    assert found[5 * place : 5 * place + 5] == pytest.approx(alone, rel=1e-12)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
