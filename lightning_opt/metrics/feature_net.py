@@ -33,6 +33,11 @@ class FeatureNet(nn.Module):
         the order ``stratified_order(labels, seed=0)``, which training did not see either. Among all 30 classes it
         classifies 98.6 %, 85.0 % and 96.0 % of those rightly.
 
+    One net serves all three: a defect (noise, blur, rotation, fainter images, halves of two images, a missing class)
+    multiplies its Frechet distance on MNIST, Fashion and Kuzushiji by 17, 11 and 11 in the geometric mean; that of
+    nets trained on each alone by 8, 13 and 8. Features trained without Kuzushiji separate its classes linearly at 62 %
+    instead of 95 %. One seed each.
+
     ``python benchmarks/feature_nets.py`` trains both anew, from fixed seeds, and measures what is said here.
 
     The weights are buffers outside ``state_dict()`` and ``parameters()``: a metric that is part of a model adds nothing
