@@ -43,7 +43,7 @@ def size(path):
 def test_fit_sample_export_and_load(model, capsys, workdir):
     """One word changes the model of the recipe; the commands that follow are the same."""
     unet = [f"--model.denoiser.init_args.{name}={value}" for name, value in TINY.items()]
-    few = ["--trainer.callbacks.init_args.num=4", "--trainer.callbacks.init_args.num_inference_steps=4"]
+    few = ["--trainer.callbacks.init_args.num=4", "--trainer.callbacks.init_args.num_inference_steps=2"]
     words = ["fit", "--config=digits/gbm_diffusion", f"--model={model}", *unet, *few, *FEW]
     assert main(words) == 0
     out = capsys.readouterr().out
