@@ -95,15 +95,11 @@ class DiffusionModule(pl.LightningModule, abc.ABC):
         """The output of the denoiser for states ``[B, C, H, W]`` and times ``[B]``."""
         return call_denoiser(self.denoiser, state, time, class_labels)
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Check the images while they are on the host; behind it, that would wait for the device."""
-        if self.device.type != "cpu":
-            self.check_images((batch if isinstance(batch, Tensor) else batch[0]).float())
-        return batch
-
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of a batch, mean over its images."""
         images, labels = self._read(batch)
+        if self.device.type != "cpu" and batch_idx == 0:  # losses looks at no value that is on an accelerator
+            self.check_images(images)
         generator = self._generator(_TRAINING, self.global_step, batch_idx)
         if labels is not None and self.null_label is not None:
             dropped = torch.rand(len(labels), generator=generator, device=self.device) < self.label_dropout
@@ -221,6 +217,8 @@ class DiffusionModule(pl.LightningModule, abc.ABC):
 
     def _evaluate(self, batch: Any, batch_idx: int, stage: str) -> None:
         images, labels = self._read(batch)
+        if self.device.type != "cpu":
+            self.check_images(images)
         losses = self.losses(images, labels, self._generator(_EVALUATION, batch_idx))
         count = len(images)
         self.log(f"{stage}/loss", losses.loss.mean(), prog_bar=True, batch_size=count, sync_dist=True)

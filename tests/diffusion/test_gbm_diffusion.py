@@ -164,15 +164,13 @@ def test_a_batch_outside_the_range_is_refused(to_positive, bad):
 
 
 @pytest.mark.parametrize("model", [GBMDiffusion, GaussianDiffusion])
-def test_on_an_accelerator_the_range_is_checked_before_the_transfer(model, monkeypatch):
-    """There the loss would have to wait for the device."""
+def test_on_an_accelerator_the_first_batch_of_an_epoch_is_checked(model, monkeypatch):
+    """To check each would wait for the device in every step."""
     module = model(small_unet())
-    bad = 2 * IMAGES[:4]
-    assert module.on_before_batch_transfer((bad, None), 0)[0] is bad
-    monkeypatch.setattr(model, "device", torch.device("cuda"))
-    with pytest.raises(ValueError, match=r"images must be in \[0, 1\]"):
-        module.on_before_batch_transfer((bad, None), 0)
-    assert module.on_before_batch_transfer(IMAGES, 0) is IMAGES
+    monkeypatch.setattr(model, "device", torch.device("meta"))
+    for step in (module.training_step, module.validation_step):
+        with pytest.raises(ValueError, match=r"images must be in \[0, 1\].* to 1.98"):
+            step((2 * IMAGES[:4], None), 0)
 
 
 def test_zero_and_negative_data_are_refused_where_no_map_makes_them_positive():
