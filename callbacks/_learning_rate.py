@@ -34,17 +34,18 @@ def scale_lr(trainer: pl.Trainer, optimizer: Optimizer, factor: float) -> None:
         for name in ("initial_lr", "max_lr", "min_lr"):  # the latter two are OneCycleLR's
             if name in group:
                 group[name] = float(group[name]) * factor
-    for config in trainer.lr_scheduler_configs:
-        _scale_start(config.scheduler, factor)
+    for scheduler in schedulers(trainer):
+        for name in ("base_lrs", "max_lrs", "_last_lr"):  # max_lrs is CyclicLR's
+            if hasattr(scheduler, name):
+                setattr(scheduler, name, [float(lr) * factor for lr in getattr(scheduler, name)])
 
 
-def _scale_start(scheduler: Any, factor: float) -> None:
-    """Multiply what a scheduler starts from, and the schedulers that it is made of."""
-    for name in ("base_lrs", "max_lrs", "_last_lr"):  # max_lrs is CyclicLR's
-        if hasattr(scheduler, name):
-            setattr(scheduler, name, [float(lr) * factor for lr in getattr(scheduler, name)])
-    for part in getattr(scheduler, "_schedulers", []):  # torch has no public name for them
-        _scale_start(part, factor)
+def schedulers(trainer: pl.Trainer) -> list[Any]:
+    """The Trainer's schedulers, and those that they are made of (``SequentialLR``, ``ChainedScheduler``)."""
+    found = [config.scheduler for config in trainer.lr_scheduler_configs]
+    for scheduler in found:
+        found += getattr(scheduler, "_schedulers", [])  # torch has no public name for them
+    return found
 
 
 def multiply_lr(optimizer: Optimizer, factor: float) -> None:

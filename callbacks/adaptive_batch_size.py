@@ -24,7 +24,7 @@ from ._batch_curves import BatchCurves
 from ._batch_cycle import BatchCycle, Estimator, Grouping
 from ._batch_decision import BatchDecision, NoiseSettings
 from ._batch_requirements import check_model, check_trainer, first_batch, largest_batch, limit_epoch
-from ._learning_rate import multiply_lr
+from ._learning_rate import multiply_lr, schedulers
 from ._log_values import is_wanted
 from ._ownership import Possession, check_no_scheduler, check_sole_owner
 from ._report_panel import Panel
@@ -280,9 +280,9 @@ class AdaptiveBatchSize(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         window = self._cycle.window
-        for config in trainer.lr_scheduler_configs:
-            if isinstance(config.scheduler, SampleBasedLR):
-                config.scheduler.batch_size = window.planned
+        for scheduler in schedulers(trainer):
+            if isinstance(scheduler, SampleBasedLR):
+                scheduler.batch_size = window.planned
         if window.tests:
             statistics = step_statistics(trainer, pl_module, self._cycle, self.chunk_size)
             self._tested = None if statistics is None else self._decision.decide(statistics)

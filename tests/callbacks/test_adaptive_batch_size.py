@@ -457,6 +457,15 @@ def test_schedule_by_samples_hears_of_the_batch():
     assert scheduler.get_last_lr()[0] == pytest.approx(0.02 * (1 - 297 / 300), rel=1e-12)
 
 
+def test_a_schedule_by_samples_within_torchs_sequence_counts_all_of_them():
+    def schedule(optimizer):
+        parts = [SampleBasedLR(optimizer, 8, lr_decay_samples=300), torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)]
+        return torch.optim.lr_scheduler.SequentialLR(optimizer, parts, [1000])
+
+    _, trainer = fit([AdaptiveBatchSize(**GROWING)], module=Line(schedule=schedule), size=99, max_epochs=3)
+    assert trainer.lr_scheduler_configs[0].scheduler.state_dict()["_schedulers"][0]["samples"] == 297
+
+
 # --- memory ---
 
 
