@@ -117,10 +117,7 @@ class GroupGradients:
         if not slots:
             return
         grads: list[Tensor] = [self.parameters[i].grad for i in slots]  # type: ignore[misc]
-        if any(g.layout is not torch.strided for g in grads):
-            raise RuntimeError(
-                "AdaptiveBatchSize cannot compare sparse gradients: use sparse=False in the embedding, or eta=inf"
-            )
+        check_dense(grads)
         difference = grads
         if self._before:
             difference = [self._before[i] for i in slots]
@@ -142,6 +139,14 @@ class GroupGradients:
         if not self._before and self.found < self.groups:
             self._before = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.parameters]
         self._samples, self._weight = 0, 0.0
+
+
+def check_dense(gradients: Sequence[Tensor]) -> None:
+    """Raise RuntimeError if one is sparse."""
+    if any(g.layout is not torch.strided for g in gradients):
+        raise RuntimeError(
+            "AdaptiveBatchSize cannot compare sparse gradients: use sparse=False in the embedding, or eta=inf"
+        )
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -44,7 +44,7 @@ def schedulers(trainer: pl.Trainer) -> list[Any]:
     """The Trainer's schedulers, and those that they are made of (``SequentialLR``, ``ChainedScheduler``)."""
     found = [config.scheduler for config in trainer.lr_scheduler_configs]
     for scheduler in found:
-        found += getattr(scheduler, "_schedulers", [])  # torch has no public name for them
+        found += vars(scheduler).get("_schedulers", [])  # torch has no public name for them
     return found
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_opt.gradient_noise import GradientStatistics
 
 from ._batch_cycle import BatchCycle
+from ._group_gradients import check_dense
 from ._per_sample_sums import per_sample_sums
 
 
@@ -26,11 +27,15 @@ def step_statistics(
 
     Returns:
         The statistics; None where there are fewer than two groups.
+
+    Raises:
+        RuntimeError: For sparse gradients.
     """
     test = cycle.grouping.test
     coordinates = test == "coordinate"
     parameters = [p for p in pl_module.parameters() if p.requires_grad]
     mean = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    check_dense(mean)
     squares: Tensor | None = None
     if cycle.collector is not None:
         scaler: Any = getattr(trainer.precision_plugin, "scaler", None)

@@ -798,6 +798,20 @@ def test_wrong_combinations_are_refused_before_the_first_step(module, kwargs, op
     assert not module.seen
 
 
+@pytest.mark.parametrize("estimator", ["micro", "per_sample"])
+def test_sparse_gradients_are_refused(estimator):
+    class Sparse(Line):
+        def __init__(self):
+            super().__init__(momentum=0.0)
+            self.table = nn.Embedding(2, 1, sparse=True, dtype=torch.float64)
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) + self.table((batch[0][:, 0] > 0).long()).square().mean()
+
+    with pytest.raises(RuntimeError, match="cannot compare sparse gradients: use sparse=False in the embedding"):
+        fit([AdaptiveBatchSize(estimator=estimator)], module=Sparse())
+
+
 def test_strategies_that_shard_are_refused(monkeypatch):
     from lightning_opt.callbacks import _batch_requirements
 
