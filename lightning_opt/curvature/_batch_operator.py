@@ -46,9 +46,9 @@ class BatchOperator(CurvatureOperator):
         check_choice("method", method, ["autograd", "finite_difference"])
         self.method = method
         self.seed = seed
-        self._batches = MicroBatches(batches, weights, reduce, self.device)
+        self.micro_batches = MicroBatches(batches, weights, reduce, self.device)
         self._checked = False
-        self._retained: Retained[Linearized] = Retained(self.params, retain_graph and len(self._batches) == 1)
+        self._retained: Retained[Linearized] = Retained(self.params, retain_graph and len(self.micro_batches) == 1)
 
     @abstractmethod
     def linearize(self, index: int, batch: Any) -> Linearized:
@@ -57,7 +57,7 @@ class BatchOperator(CurvatureOperator):
     @override
     def multiply(self, vectors: Tensor) -> Tensor:
         with product_context(self.device, twice=self.method == "autograd"), differentiating_twice():
-            return self._batches.weighted_sum(partial(self._batch_product, vectors))
+            return self.micro_batches.weighted_sum(partial(self._batch_product, vectors))
 
     def check_graph(self, gradients: Iterable[Tensor | None]) -> None:
         """Raise, once for all graphs, if autograd cannot differentiate these gradients."""

@@ -97,7 +97,7 @@ class HessianOperator(BatchOperator):
         return _Gradients(self, gradients)
 
     def _gradient(self) -> Tensor:
-        return self._batches.weighted_sum(lambda index, batch: self.flatten(self._gradients(index, batch)))
+        return self.micro_batches.weighted_sum(lambda index, batch: self.flatten(self._gradients(index, batch)))
 
     def _gradients(self, index: int, batch: Any, create_graph: bool = False) -> tuple[Tensor | None, ...]:
         with forward_context(self.device, self.seed + index):
