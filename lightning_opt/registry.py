@@ -165,7 +165,7 @@ def load_all() -> dict[str, str]:
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
-            extra = _extra_of(error.name or "")
+            extra = extra_of(error.name or "")
             if extra is None:
                 raise
             missing[module] = f"lightning-opt[{extra}]"
@@ -184,8 +184,8 @@ def _walk(package: str) -> Iterator[str]:
                 continue  # load_all imports the package itself and reports it
 
 
-def _extra_of(module: str) -> str | None:
-    """The extra whose requirements bring a top-level module, read from the installed metadata."""
+def extra_of(module: str) -> str | None:
+    """The extra whose requirements bring a module, read from the installed metadata; ``None`` if there is none."""
     wanted = re.sub(r"[-_.]+", "-", module.partition(".")[0]).lower()
     for requirement in importlib.metadata.requires("lightning-opt") or []:
         match = re.match(r"([A-Za-z0-9._-]+).*;.*extra == ['\"]([a-z]+)['\"]", requirement)

@@ -6,6 +6,8 @@ from importlib import import_module
 from types import TracebackType
 from typing import Any
 
+from lightning_opt.registry import extra_of
+
 _WORDS = {
     "NoneType": "null",
     "bool": "true or false",
@@ -152,6 +154,9 @@ def _class_name(report: str, key: str) -> str:
         match = re.search(r"Expected a dot import path string: (\S+)()", report)
     if match:
         module, _, name = match[1].rpartition(".")
+        lacking = re.match(r"No module named '([^']+)'", match[2])
+        if lacking and (extra := extra_of(lacking[1])):
+            return f"{key}: {match[1]} needs {lacking[1]}; install it with `pip install 'lightning-opt[{extra}]'`."
         near = [f"{module}.{n}" for n in _nearest(name, _public_names(module))] if module else []
         reason = f" ({match[2]})" if match[2].startswith("No module named") else ""
         hint = did_you_mean(near or _nearest(name, names)) or fallback

@@ -1,6 +1,7 @@
 """``lightning-opt evolve``: search for short programs that approximate a function."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from lightning_opt.registry import register_command
@@ -36,6 +37,8 @@ def evolve_command(arguments: list[str]) -> int:
         problem = Problem(options.function, domain, options.error)
         if not options.out.parent.is_dir():
             raise UserError(f"there is no folder {options.out.parent} for --out.")
+        if not options.quiet:
+            print("compiling the search: some 20 seconds, the first time only", file=sys.stderr, flush=True)
         front = evolve(
             options.function,
             domain,
@@ -52,7 +55,7 @@ def evolve_command(arguments: list[str]) -> int:
         )
     except ValueError as error:
         hint = " --force starts anew." if "of another search" in str(error) else ""
-        raise UserError(f"{error}.{hint}") from error
+        raise UserError(f"{str(error).rstrip('?.')}{'?' if str(error).endswith('?') else '.'}{hint}") from error
     if not len(front):
         raise UserError("nothing was found before the search ended.", status=130 if front.interrupted else 1)
 
@@ -83,6 +86,7 @@ def report(front: ParetoFront, rivals: list[Baseline]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "lightning-opt evolve",
+        allow_abbrev=False,
         description="Search for short programs that approximate a function (AutoNumerics-Zero, arXiv:2312.08472). Run"
         " again with a larger --budget or --max-evals, it continues; killed, too.",
     )

@@ -24,6 +24,7 @@ def export(arguments: list[str]) -> int:
     """
     parser = argparse.ArgumentParser(
         "lightning-opt export",
+        allow_abbrev=False,
         description="Write a trained diffusion model as a pipeline of diffusers, with averaged weights if it has some.",
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or a run folder")

@@ -36,6 +36,7 @@ def refine(arguments: list[str]) -> int:
     """
     parser = argparse.ArgumentParser(
         "lightning-opt refine",
+        allow_abbrev=False,
         description="Make the next run's learning-rate schedule of the gradient norms that GradNormRecorder wrote.",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder, or the record itself")

@@ -37,6 +37,7 @@ def sample(arguments: list[str]) -> int:
     """
     parser = argparse.ArgumentParser(
         "lightning-opt sample",
+        allow_abbrev=False,
         description="Draw images with a trained diffusion model. Ctrl-C writes the batches that are finished.",
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or a run folder")

@@ -37,6 +37,7 @@ def verify_exp_command(arguments: list[str]) -> int:
 
     parser = argparse.ArgumentParser(
         "lightning-opt verify-exp",
+        allow_abbrev=False,
         description="Compare the exponentials of the fused kernels with the C library's double-precision functions on"
         " every float32 number, in units in the last place. About two minutes a function on two cores.",
     )
