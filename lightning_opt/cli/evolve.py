@@ -27,6 +27,11 @@ def evolve_command(arguments: list[str]) -> int:
     """
     options = _parser().parse_args(arguments)
     state = options.out.with_suffix(".state.npz")
+    if options.out.is_dir() or options.out.suffix in (".png", ".npz"):
+        raise UserError(
+            f"--out={options.out}: must be a file for the front, such as front.json; the picture and the"
+            " state go beside it."
+        )
     if options.force:
         state.unlink(missing_ok=True)
     elif options.out.exists() and not state.exists():

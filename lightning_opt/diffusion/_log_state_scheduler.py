@@ -48,6 +48,23 @@ class LogStateScheduler(SchedulePlace):
         rooms = importlib.import_module("lightning_opt.diffusion")
         return [getattr(rooms, name) for name in {cls.__name__, *cls._compatibles} if hasattr(rooms, name)]
 
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Take the config of another scheduler of the multiplicative model.
+
+        Args:
+            config: A scheduler's ``config``.
+            return_unused_kwargs: Whether to return what was not used, too.
+            **kwargs: Values that differ.
+
+        Raises:
+            ValueError: If it is the config of a scheduler of added noise, whose network this one cannot sample with.
+        """
+        own = {"sigma", "mu", "rho_min", "rho_max", "to_positive", "log_mean"}  # an older config may lack some
+        if isinstance(config, dict) and "num_train_timesteps" in config and own.isdisjoint(config):
+            raise ValueError(f"{cls.__name__} samples from multiplicative noise, and the config is of added noise")
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
     def __len__(self) -> int:
         return self._num_train_timesteps
 

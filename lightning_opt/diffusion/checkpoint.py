@@ -1,5 +1,6 @@
 from importlib import import_module
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -20,18 +21,33 @@ def load_diffusion(path: str | Path, map_location: str | torch.device = "cpu") -
         map_location: Where the weights go.
 
     Raises:
-        ValueError: If the checkpoint is of no such module, or its denoiser is no model of diffusers; then
+        ValueError: If the checkpoint is damaged or of no such module, or its denoiser is no model of diffusers; then
             ``GBMDiffusion.load_from_checkpoint(path, denoiser=...)`` loads it.
     """
-    checkpoint: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
+    except FileNotFoundError:
+        raise
+    except (OSError, EOFError, KeyError, RuntimeError, UnpicklingError) as error:  # what torch says of other files
+        raise ValueError(f"{path} is no checkpoint, or is damaged ({type(error).__name__}: {error})") from error
     record = checkpoint.get("diffusion") if isinstance(checkpoint, dict) else None
-    if record is None:
+    if not isinstance(record, dict):
         raise ValueError(f"{path} holds no diffusion model of lightning-opt, but a checkpoint of another module")
     if record.get("format") != FORMAT:
         raise ValueError(
             f"{path} was written by lightning-opt {record.get('version')} in format {record.get('format')} of diffusion"
             f" checkpoints; lightning-opt {__version__} reads format {FORMAT}"
         )
+    try:
+        return _built(checkpoint, record, path).eval().to(map_location)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"{path}, written by lightning-opt {record.get('version')}, does not fit lightning-opt {__version__}, or is"
+            f" damaged ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _built(checkpoint: dict[str, Any], record: dict[str, Any], path: str | Path) -> DiffusionModule:
     denoiser, scheduler = record["denoiser"], record["scheduler"]
     if denoiser["config"] is None:
         raise ValueError(
@@ -47,7 +63,7 @@ def load_diffusion(path: str | Path, map_location: str | torch.device = "cpu") -
     )
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict({key.replace("._orig_mod.", "."): v for key, v in checkpoint["state_dict"].items()})
-    return module.eval().to(map_location)
+    return module
 
 
 def _import(class_path: str, base: type, path: str | Path) -> Any:

@@ -177,6 +177,8 @@ class DEISScheduler(SchedulePlace):
         Raises:
             ValueError: If the config asks for what this scheduler cannot do.
         """
+        if isinstance(config, dict) and "rho_min" in config:
+            raise ValueError("the config is of multiplicative noise: GBMDEISScheduler samples from it")
         if isinstance(config, dict) and "deis_type" not in config:
             for key, what in _UNSUPPORTED.items():
                 if config.get(key):

@@ -92,14 +92,23 @@ class DiffusionModule(pl.LightningModule, abc.ABC):
         return self.num_classes if self.num_classes is not None and self.label_dropout > 0 else None
 
     def forward(self, state: Tensor, time: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """The output of the denoiser for states ``[B, C, H, W]`` and times ``[B]``."""
-        return call_denoiser(self.denoiser, state, time, class_labels)
+        """The output of the denoiser for states ``[B, C, H, W]`` and times ``[B]``.
+
+        Raises:
+            ValueError: If it has another shape than the states: a loss would broadcast it.
+        """
+        output = call_denoiser(self.denoiser, state, time, class_labels)
+        if output.shape != state.shape:
+            name = type(uncompiled(self.denoiser)).__name__
+            raise ValueError(f"{name} returned the shape {list(output.shape)} for an input of {list(state.shape)}")
+        return output
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of a batch, mean over its images."""
         images, labels = self._read(batch)
         if self.device.type != "cpu" and batch_idx == 0:  # losses looks at no value that is on an accelerator
             self.check_images(images)
+            self._check_labels(labels)
         generator = self._generator(_TRAINING, self.global_step, batch_idx)
         if labels is not None and self.null_label is not None:
             dropped = torch.rand(len(labels), generator=generator, device=self.device) < self.label_dropout
@@ -198,8 +207,17 @@ class DiffusionModule(pl.LightningModule, abc.ABC):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take back the shape of the images."""
-        shape = checkpoint["diffusion"]["image_shape"]
+        """Take back the shape of the images.
+
+        Raises:
+            ValueError: If the checkpoint is of another kind of module.
+        """
+        record = checkpoint.get("diffusion")
+        kind = "no diffusion model" if record is None else f"a {record['module'].rpartition('.')[2]}"
+        scheduler = {} if record is None else record["scheduler"]["config"]
+        if record is None or ("rho_min" in scheduler) != ("rho_min" in self.scheduler.config):
+            raise ValueError(f"the checkpoint holds {kind}, and this is a {type(self).__name__}")
+        shape = record["image_shape"]
         self.image_shape = None if shape is None else tuple(shape)
 
     def arguments(self) -> dict[str, Any]:
@@ -207,13 +225,19 @@ class DiffusionModule(pl.LightningModule, abc.ABC):
         return {"num_classes": self.num_classes, "label_dropout": self.label_dropout, "seed": self.seed}
 
     def _read(self, batch: Any) -> tuple[Tensor, Tensor | None]:
-        images, labels = (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1])
+        images, labels = images_and_labels(batch)
         self.image_shape = tuple(images.shape[1:])
         if self.num_classes is None:
             return images.float(), None
         if labels is None:
             raise ValueError(f"num_classes={self.num_classes} needs batches of images and labels")
+        if labels.device.type == "cpu":
+            self._check_labels(labels)
         return images.float(), labels
+
+    def _check_labels(self, labels: Tensor | None) -> None:
+        if self.num_classes is not None and labels is not None:  # the next label stands for no class
+            default_labels(len(labels), self.num_classes, labels)
 
     def _evaluate(self, batch: Any, batch_idx: int, stage: str) -> None:
         images, labels = self._read(batch)
@@ -232,6 +256,19 @@ class DiffusionModule(pl.LightningModule, abc.ABC):
         """Noise that depends on the seed, the place in the run and the rank alone, so that a resume repeats it."""
         words = np.random.SeedSequence((self.seed, self.global_rank, *key)).generate_state(1, np.uint64)
         return torch.Generator(self.device).manual_seed(int(words[0] >> 1))
+
+
+def images_and_labels(batch: Any) -> tuple[Tensor, Tensor | None]:
+    """Images and, where there are some, labels of a batch.
+
+    Raises:
+        ValueError: If the batch is neither images nor begins with them.
+    """
+    if isinstance(batch, Tensor):
+        return batch, None
+    if not isinstance(batch, list | tuple) or not batch or not isinstance(batch[0], Tensor):
+        raise ValueError(f"a batch must be images, or images and labels, got a {type(batch).__name__}")
+    return batch[0], batch[1] if len(batch) > 1 else None
 
 
 def default_labels(num: int, num_classes: int | None, class_labels: Tensor | None) -> Tensor | None:

@@ -9,7 +9,6 @@ from lightning_opt.registry import register
 
 from .data_map import check_unit_range
 from .diffusion_module import DiffusionModule, Losses, pipeline_denoiser
-from .sampling import call_denoiser
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
@@ -79,7 +78,7 @@ class GaussianDiffusion(DiffusionModule):
             "sample": lambda: clean,
             "v_prediction": lambda: self.scheduler.get_velocity(clean, noise, times),
         }[self.scheduler.config.prediction_type]()
-        output = call_denoiser(self.denoiser, state, times, labels).float()
+        output = self(state, times, labels).float()
         return Losses((output - target).square().flatten(1).mean(dim=1), times / steps)
 
     def check_images(self, images: Tensor) -> None:

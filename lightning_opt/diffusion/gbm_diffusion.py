@@ -11,13 +11,13 @@ from lightning_opt._checks import check_choice
 from lightning_opt._lightning.loader_source import train_loader
 from lightning_opt.registry import register
 
-from .diffusion_module import DiffusionModule, Losses, pipeline_denoiser
+from .diffusion_module import DiffusionModule, Losses, images_and_labels, pipeline_denoiser
 from .gbm_pipeline import GBMPipeline
 from .gbm_scheduler import GBMScheduler
 from .losses import denoising_score_matching
 from .parametrization import LOSS_WEIGHTS, LossWeight
 from .process import per_sample
-from .sampling import call_denoiser, sampling_scheduler
+from .sampling import sampling_scheduler
 
 
 def default_scheduler() -> GBMScheduler:
@@ -118,7 +118,8 @@ class GBMDiffusion(DiffusionModule):
         answer: tuple[Any, str] = (None, "")
         if self.trainer.is_global_zero:
             try:
-                answer = (self._moments_of(train_loader(self.trainer)), "")
+                with torch.random.fork_rng(devices=[]):  # images that are augmented draw from it
+                    answer = (self._moments_of(train_loader(self.trainer)), "")
             except (ValueError, MisconfigurationException) as error:  # told to all ranks, or they would wait for it
                 answer = (None, str(error))
         moments, problem = self.trainer.strategy.broadcast(answer)
@@ -139,7 +140,7 @@ class GBMDiffusion(DiffusionModule):
             log_x0 = scheduler.data_map.to_log(images, check=images.device.type == "cpu")
             state = scheduler.add_noise(log_x0, noise, times)
             network_input = scheduler.scale_model_input(state, times)
-        output = call_denoiser(self.denoiser, network_input, times, labels)
+        output = self(network_input, times, labels)
         with torch.autocast(images.device.type, enabled=False):
             wide_rho = per_sample(rho, state)
             shift = process.mean_shift(process.time(wide_rho))
@@ -192,7 +193,7 @@ class GBMDiffusion(DiffusionModule):
         again = DataLoader(dataset, batch_size=512, collate_fn=source.collate_fn, generator=own)
         count, total, squares = 0, torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
         for batch in again:
-            images = batch if isinstance(batch, Tensor) else batch[0]
+            images, _ = images_and_labels(batch)
             logs = self.scheduler.to_log(images.float()).double().transpose(0, 1).flatten(1)
             count, total, squares = count + logs.shape[1], total + logs.sum(1), squares + logs.square().sum(1)
         if not count:

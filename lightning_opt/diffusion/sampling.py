@@ -60,7 +60,7 @@ def sample(
     """
     check_interval("num_inference_steps", num_inference_steps, 1)
     check_interval("guidance_scale", guidance_scale, 0)
-    parameter = next(denoiser.parameters())
+    parameter = next(denoiser.parameters(), torch.empty(0))  # a function may be wrapped, with none
     device, dtype = parameter.device, parameter.dtype
     labels = None if class_labels is None else class_labels.to(device)
     guided = guidance_scale != 1.0
@@ -96,7 +96,11 @@ def call_denoiser(denoiser: nn.Module, state: Tensor, time: Tensor, class_labels
     """The output of a denoiser, for one time or for one of each image, with or without classes."""
     times = time.expand(len(state))
     output = denoiser(state, times) if class_labels is None else denoiser(state, times, class_labels=class_labels)
-    return output if isinstance(output, Tensor) else output.sample
+    output = output if isinstance(output, Tensor) else getattr(output, "sample", output)
+    if not isinstance(output, Tensor):
+        name, kind = type(denoiser).__name__, type(output).__name__
+        raise ValueError(f"{name} must return a tensor, or an object whose `sample` is one; got a {kind}")
+    return output
 
 
 def sampling_scheduler(trained: Any, name: str | None = None, arguments: dict[str, Any] | None = None) -> Any:
@@ -128,6 +132,8 @@ def sampling_scheduler(trained: Any, name: str | None = None, arguments: dict[st
             f" ({type(trained).__name__})"
         )
     accepted = [key for key in inspect.signature(cls.__init__).parameters if key not in ("self", "kwargs")]
+    if "beta_start" in trained.config and "beta_start" not in accepted:
+        raise ValueError(f"{cls.__name__} has no betas, which are the noise of the model ({type(trained).__name__})")
     for key in arguments or {}:
         if key not in accepted:
             near = nearest(key, accepted)
@@ -135,7 +141,10 @@ def sampling_scheduler(trained: Any, name: str | None = None, arguments: dict[st
             raise ValueError(f"{cls.__name__} has no argument {key!r}.{hint}")
     same = cls is type(trained)
     settings = {key: value for key, value in trained.config.items() if key in accepted and (same or key in _FIXED)}
-    return cls(**{**settings, **(arguments or {})})
+    try:
+        return cls(**{**settings, **(arguments or {})})
+    except (TypeError, NotImplementedError) as error:  # diffusers does not look at the values
+        raise ValueError(f"{cls.__name__} cannot be built with {arguments}: {error}") from error
 
 
 _FIXED = (

@@ -81,3 +81,9 @@ def test_files_of_another_search_are_not_overwritten(workdir: Path, capsys):
     assert "is of another search (seed: 0 there, 1 now). --force starts anew." in capsys.readouterr().err
     assert main(["evolve", *QUICK, "--seed=1", "--force"]) == 0
     assert ParetoFront.load("front.json").seed == 1
+
+
+@pytest.mark.parametrize("name", ["front.png", "front.npz", "."])
+def test_out_that_is_a_folder_or_the_picture_or_the_state_is_refused(name, tmp_path, capsys):
+    assert main(["evolve", "--max-evals", "32", "--force", "--out", str(tmp_path / name)]) == 2
+    assert "must be a file for the front" in capsys.readouterr().err
