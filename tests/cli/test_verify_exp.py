@@ -59,7 +59,7 @@ def test_wrong_options_are_refused(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
-def test_a_missing_device_is_said(capsys):
+def test_a_missing_device_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["verify-exp", "--device", "cuda"]) == 2
     assert "there is no CUDA device" in capsys.readouterr().err

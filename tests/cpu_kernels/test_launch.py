@@ -231,7 +231,6 @@ def test_optimizers_may_step_in_several_threads(monkeypatch):
     assert all(map(torch.equal, alone, together))
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_forked_process_has_threads_of_its_own(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
