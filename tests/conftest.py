@@ -72,6 +72,15 @@ def _leaves_nothing_behind() -> Iterator[None]:
     assert not children, f"the test left processes running: {children}"
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small matrices are quicker on one thread, by far on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def _torch_settings() -> dict:
     return {
         "default dtype": torch.get_default_dtype(),

@@ -7,7 +7,7 @@ constructor's arguments, or to a list of them.
 import functools
 import importlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -146,14 +146,7 @@ def checks_of(label: str) -> dict[str, Callable[[], None]]:
     return dict(optimizer_checks(CASES[label].cls, **CASES[label].kwargs))
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("label", CASES)
 @pytest.mark.parametrize("check", CHECKS)
 def test_contract(label, check):

@@ -8,29 +8,22 @@ from torch import Tensor
 
 from lightning_opt._checks import check_interval
 
+from .time_grid import NoiseInTime
+
 Number = TypeVar("Number", float, Tensor)
 
 
-class NoiseSchedule(Protocol):
-    """What a sampler asks of a schedule; the methods take and return a float or a tensor, elementwise."""
+class NoiseSchedule(NoiseInTime, Protocol):
+    """What a sampler asks of a schedule: what a grid does, and the signal; elementwise, a float or a tensor.
 
-    @property
-    def rho_min(self) -> float:
-        """Smallest noise level at which the network is called."""
-
-    @property
-    def largest_rho(self) -> float:
-        """Largest noise level."""
-
-    @property
-    def t_end(self) -> float:
-        """The time of the largest noise level."""
+    The noise level is noise over signal, and the network is conditioned on its time.
+    """
 
     def rho(self, t: Number, /) -> Number:
-        """The noise level at a time: noise over signal."""
+        """The noise level at a time."""
 
     def time(self, rho: Number, /) -> Number:
-        """The time of a noise level: what the network is conditioned on."""
+        """The time of a noise level."""
 
     def signal(self, rho: Number, /) -> Number:
         """The factor of x_0 in x_t."""

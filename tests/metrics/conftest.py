@@ -1,20 +1,14 @@
 """What the tests of image metrics share."""
 
-from collections.abc import Iterator
-
 import pytest
-import torch
 from torch import Tensor
 
 from lightning_opt.data import Digits, stratified_order
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _one_thread(one_thread: None) -> None:
+    pass
 
 
 @pytest.fixture(scope="session")

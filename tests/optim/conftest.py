@@ -1,10 +1,8 @@
 """What the optimizers' tests share."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 
 BACKENDS = {"loop": {"fused": False, "foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
 
@@ -22,9 +20,5 @@ def plain_backend(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small matrices are quicker on one thread, by far on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _one_thread(one_thread: None) -> None:
+    pass

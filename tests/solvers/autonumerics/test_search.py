@@ -151,7 +151,6 @@ EVERY_OPERATION = [("/", (-1, 0)), ("fma", (1, 0, -1)), ("sqrt", (2,)), ("-", (-
 )
 def test_exported_triton_computes_the_same(steps, tolerance, tmp_path: Path):
     """In float32, in the interpreter, which rounds as numpy does; on a GPU a product and a sum may become one fma."""
-    pytest.importorskip("triton")
     values = tuple(map(float, np.float32([1.1, 2.2, 3.3, 4.4])))
     item = Approximation(Program(steps), values, 1.0, "exp2", (0.0, 1.0), "absolute")
     kernel = (
