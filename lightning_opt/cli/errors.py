@@ -69,6 +69,12 @@ def culprit(error: Exception) -> BaseException:
     return UserError(f"{_builder(cause)}: {cause}".removeprefix(": "))
 
 
+def sentence(error: Exception) -> str:
+    """The message of an error with a mark at its end: a question keeps its own."""
+    message = str(error)
+    return message if message.endswith((".", "?", "!")) else f"{message}."
+
+
 def did_you_mean(names: list[str]) -> str:
     """``" Did you mean a or b?"``, or nothing for no names."""
     return f" Did you mean {' or '.join(names)}?" if names else ""

@@ -9,7 +9,7 @@ from lightning_opt.solvers.autonumerics import ParetoFront, Problem, evolve
 from lightning_opt.solvers.autonumerics.baselines import Baseline, baselines
 from lightning_opt.solvers.autonumerics.picture import draw
 
-from .errors import UserError
+from .errors import UserError, sentence
 
 
 @register_command("evolve", summary="search for short programs that approximate a function")
@@ -60,7 +60,7 @@ def evolve_command(arguments: list[str]) -> int:
         )
     except ValueError as error:
         hint = " --force starts anew." if "of another search" in str(error) else ""
-        raise UserError(f"{str(error).rstrip('?.')}{'?' if str(error).endswith('?') else '.'}{hint}") from error
+        raise UserError(sentence(error) + hint) from error
     if not len(front):
         raise UserError("nothing was found before the search ended.", status=130 if front.interrupted else 1)
 

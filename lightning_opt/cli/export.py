@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lightning_opt.registry import register_command
 
-from .errors import UserError
+from .errors import UserError, sentence
 from .sample import load_module
 
 
@@ -40,7 +40,7 @@ def export(arguments: list[str]) -> int:
     try:
         pipeline = module.pipeline()
     except ValueError as error:
-        raise UserError(f"{error}.") from error
+        raise UserError(sentence(error)) from error
     try:
         pipeline.save_pretrained(options.out)
     except OSError as error:

@@ -12,7 +12,7 @@ from lightning_opt.registry import register_command
 from lightning_opt.schedules import NormRecord, RefinedLR, refine_schedule, smooth_norms
 from lightning_opt.schedules.refined import save_schedule
 
-from .errors import UserError
+from .errors import UserError, sentence
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -183,7 +183,7 @@ def _load(path: Path, *, allow_incomplete: bool) -> NormRecord:
     try:
         record = NormRecord.load(path)
     except (ValueError, OSError) as error:
-        raise UserError(f"{error}.") from error
+        raise UserError(sentence(error)) from error
     if not record.complete and not allow_incomplete:
         planned = record.total_steps if record.total_steps >= 0 else "an unknown number of"
         raise UserError(

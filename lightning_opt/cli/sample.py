@@ -12,7 +12,7 @@ import yaml
 
 from lightning_opt.registry import register_command
 
-from .errors import UserError
+from .errors import UserError, sentence
 from .runs import checkpoint_of
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def sample(arguments: list[str]) -> int:
         labels = None if options.class_label is None else [options.class_label]
         module.check_sampling(class_labels=labels, **settings)
     except ValueError as error:
-        raise UserError(f"{error}.") from error
+        raise UserError(sentence(error)) from error
 
     batches, interrupted = _draw(module, options, settings)
     if not batches:
@@ -105,7 +105,7 @@ def load_module(path: Path, device: str | None = None) -> "DiffusionModule":
     try:
         return load_diffusion(checkpoint_of(path), device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except ValueError as error:
-        raise UserError(f"{error}.") from error
+        raise UserError(sentence(error)) from error
 
 
 def _draw(
@@ -130,7 +130,7 @@ def _draw(
                 images = module.sample(count, class_labels=part, generator=generator, progress=bar, **settings)
                 batches.append(images.cpu())
             except SamplingError as error:
-                raise UserError(f"{error}.", status=1) from error
+                raise UserError(sentence(error), status=1) from error
         return batches, False
     return batches, True
 

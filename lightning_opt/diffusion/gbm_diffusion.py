@@ -124,7 +124,12 @@ class GBMDiffusion(DiffusionModule):
                 answer = (None, str(error))
         moments, problem = self.trainer.strategy.broadcast(answer)
         if problem:
-            raise MisconfigurationException(f"{type(self).__name__} cannot measure the training data: {problem}")
+            hint = (
+                " Data modules of this package give images from 0 to 1 with normalize=False."
+                if "[0, 1]" in problem
+                else ""
+            )
+            raise MisconfigurationException(f"{type(self).__name__} cannot measure the training data: {problem}.{hint}")
         self._set_moments(*moments)
         rank_zero_info(f"log x0 of the training data: mean {moments[0]}, standard deviation {moments[1]}")
 

@@ -9,6 +9,8 @@ from torch import Tensor
 from lightning_opt import __version__
 from lightning_opt._checks import check_choice, check_interval
 
+# diffusers reads a folder only where the modules that it names are imported: those of both schedulers
+from . import gbm_deis_scheduler, gbm_scheduler  # noqa: F401
 from .diffusion_module import check_guidance, default_labels
 from .sampling import sample
 

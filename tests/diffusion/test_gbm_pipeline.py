@@ -1,6 +1,8 @@
 """From a checkpoint to a module and to a pipeline of diffusers, and back, with the same images."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -58,6 +60,13 @@ def test_module_pipeline_and_loaded_pipeline_draw_the_same_images(checkpoint, tm
     assert np.array_equal(again, expected.permute(0, 2, 3, 1).numpy())
     pictures = pipeline(2, generator(), num_inference_steps=2, class_labels=1).images
     assert [picture.size for picture in pictures] == [(8, 8)] * 2
+
+
+def test_a_folder_loads_in_a_process_that_has_imported_nothing_else(checkpoint, tmp_path):
+    """diffusers imports no module because a folder names it: the pipeline's own must have imported the scheduler's."""
+    load_diffusion(checkpoint).pipeline().save_pretrained(tmp_path)
+    script = f"from lightning_opt.diffusion import GBMPipeline; GBMPipeline.from_pretrained({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
 
 
 @pytest.mark.parametrize("scheduler", ["GBMScheduler", "GBMDEISScheduler"])
