@@ -103,6 +103,10 @@ def load_module(path: Path, device: str | None = None) -> "DiffusionModule":
     except ModuleNotFoundError as error:
         raise UserError(f"needs {error.name}: install lightning-opt[diffusion].") from error
     try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device={device}: {sentence(error)}") from error
+    try:
         return load_diffusion(checkpoint_of(path), device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except ValueError as error:
         raise UserError(sentence(error)) from error
@@ -129,7 +133,7 @@ def _draw(
             try:
                 images = module.sample(count, class_labels=part, generator=generator, progress=bar, **settings)
                 batches.append(images.cpu())
-            except SamplingError as error:
+            except (SamplingError, ValueError) as error:
                 raise UserError(sentence(error), status=1) from error
         return batches, False
     return batches, True

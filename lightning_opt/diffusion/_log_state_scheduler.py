@@ -16,6 +16,15 @@ from .time_grid import noise_levels
 Generator = torch.Generator | list[torch.Generator] | None
 
 
+def check_multiplicative(scheduler: Any) -> None:
+    """Raise ValueError unless a scheduler is one of the multiplicative model."""
+    if not isinstance(scheduler, LogStateScheduler):
+        raise ValueError(
+            f"scheduler must be a GBMScheduler or a GBMDEISScheduler, for noise that multiplies, got"
+            f" a {type(scheduler).__name__}"
+        )
+
+
 class LogStateScheduler(SchedulePlace):
     """What the schedulers of the multiplicative model share: the log state, the timesteps, and the place in a schedule.
 

@@ -25,7 +25,7 @@ def load_diffusion(path: str | Path, map_location: str | torch.device = "cpu") -
             ``GBMDiffusion.load_from_checkpoint(path, denoiser=...)`` loads it.
     """
     try:
-        checkpoint: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
     except (OSError, EOFError, KeyError, RuntimeError, UnpicklingError) as error:  # what torch says of other files
@@ -39,12 +39,13 @@ def load_diffusion(path: str | Path, map_location: str | torch.device = "cpu") -
             f" checkpoints; lightning-opt {__version__} reads format {FORMAT}"
         )
     try:
-        return _built(checkpoint, record, path).eval().to(map_location)
+        module = _built(checkpoint, record, path).eval()
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(
             f"{path}, written by lightning-opt {record.get('version')}, does not fit lightning-opt {__version__}, or is"
             f" damaged ({type(error).__name__}: {error})"
         ) from error
+    return module.to(map_location)
 
 
 def _built(checkpoint: dict[str, Any], record: dict[str, Any], path: str | Path) -> DiffusionModule:

@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.utils.torch_utils import is_compiled_module
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lightning_opt import __version__
 from lightning_opt._checks import check_interval
 
-from .sampling import call_denoiser, sample, sampling_scheduler
+from .sampling import FIXED, call_denoiser, sample, sampling_scheduler
 
 FORMAT = 1  # of what is written into a checkpoint
 QUARTERS = 4
@@ -85,6 +86,22 @@ class DiffusionModule(pl.LightningModule, abc.ABC):
         Raises:
             ValueError: If the denoiser is no model of diffusers, or there is no pipeline for this model.
         """
+
+    def setup(self, stage: str) -> None:
+        """Refuse what the Trainer cannot do with this module.
+
+        Raises:
+            MisconfigurationException: For ``predict``, and for a precision in which noise would not be of float32.
+        """
+        name, precision = type(self).__name__, self.trainer.precision
+        if stage == "predict":
+            raise MisconfigurationException(
+                f"{name} predicts nothing: draw with its method sample, or `lightning-opt sample`."
+            )
+        if precision not in ("32-true", "16-mixed", "bf16-mixed"):
+            raise MisconfigurationException(
+                f"{name} draws noise in float32: precision must be 32-true, 16-mixed or bf16-mixed, got {precision}."
+            )
 
     @property
     def null_label(self) -> int | None:
@@ -207,7 +224,7 @@ class DiffusionModule(pl.LightningModule, abc.ABC):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take back the shape of the images.
+        """Take back the shape of the images, and the noise, prediction and data map of the training.
 
         Raises:
             ValueError: If the checkpoint is of another kind of module.
@@ -219,6 +236,8 @@ class DiffusionModule(pl.LightningModule, abc.ABC):
             raise ValueError(f"the checkpoint holds {kind}, and this is a {type(self).__name__}")
         shape = record["image_shape"]
         self.image_shape = None if shape is None else tuple(shape)
+        fixed = {key: value for key, value in scheduler.items() if key in FIXED}
+        self.scheduler = sampling_scheduler(self.scheduler, arguments=fixed)
 
     def arguments(self) -> dict[str, Any]:
         """The constructor's arguments beside denoiser and scheduler."""
@@ -243,6 +262,7 @@ class DiffusionModule(pl.LightningModule, abc.ABC):
         images, labels = self._read(batch)
         if self.device.type != "cpu":
             self.check_images(images)
+            self._check_labels(labels)
         losses = self.losses(images, labels, self._generator(_EVALUATION, batch_idx))
         count = len(images)
         self.log(f"{stage}/loss", losses.loss.mean(), prog_bar=True, batch_size=count, sync_dist=True)
@@ -265,9 +285,13 @@ def images_and_labels(batch: Any) -> tuple[Tensor, Tensor | None]:
         ValueError: If the batch is neither images nor begins with them.
     """
     if isinstance(batch, Tensor):
-        return batch, None
+        batch = [batch]
     if not isinstance(batch, list | tuple) or not batch or not isinstance(batch[0], Tensor):
         raise ValueError(f"a batch must be images, or images and labels, got a {type(batch).__name__}")
+    if batch[0].ndim != 4:
+        raise ValueError(
+            f"images must be of shape [B, C, H, W], got {list(batch[0].shape)}; images[:, None] adds a channel"
+        )
     return batch[0], batch[1] if len(batch) > 1 else None
 
 

@@ -9,6 +9,7 @@ from lightning_opt.registry import register
 
 from .data_map import check_unit_range
 from .diffusion_module import DiffusionModule, Losses, pipeline_denoiser
+from .sampling import sampling_scheduler
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
@@ -61,6 +62,11 @@ class GaussianDiffusion(DiffusionModule):
         seed: int = 0,
     ) -> None:
         super().__init__(denoiser, num_classes=num_classes, label_dropout=label_dropout, seed=seed)
+        if scheduler is not None and not isinstance(scheduler, DDPMScheduler):
+            raise ValueError(
+                f"scheduler must be a DDPMScheduler, got a {type(scheduler).__name__}; another one draws by"
+                " sample(scheduler=...)"
+            )
         self.scheduler = DDPMScheduler() if scheduler is None else scheduler
         check_choice("prediction_type", self.scheduler.config.prediction_type, PREDICTIONS)
 
@@ -93,4 +99,4 @@ class GaussianDiffusion(DiffusionModule):
         """
         if self.num_classes is not None:
             raise ValueError("diffusers has no pipeline for a Gaussian model of classes; sample from the checkpoint")
-        return DDPMPipeline(pipeline_denoiser(self), self.scheduler)
+        return DDPMPipeline(pipeline_denoiser(self), sampling_scheduler(self.scheduler))

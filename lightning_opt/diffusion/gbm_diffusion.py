@@ -11,6 +11,7 @@ from lightning_opt._checks import check_choice
 from lightning_opt._lightning.loader_source import train_loader
 from lightning_opt.registry import register
 
+from ._log_state_scheduler import check_multiplicative
 from .diffusion_module import DiffusionModule, Losses, images_and_labels, pipeline_denoiser
 from .gbm_pipeline import GBMPipeline
 from .gbm_scheduler import GBMScheduler
@@ -104,6 +105,10 @@ class GBMDiffusion(DiffusionModule):
     ) -> None:
         super().__init__(denoiser, num_classes=num_classes, label_dropout=label_dropout, seed=seed)
         check_choice("loss_weight", loss_weight, LOSS_WEIGHTS)
+        if scheduler is not None:
+            check_multiplicative(scheduler)
+        if log_moments is not None and not (isinstance(log_moments, list | tuple) and len(log_moments) == 2):
+            raise ValueError(f"log_moments must be [mean, standard deviation] of log x0, got {log_moments!r}")
         self.loss_weight = loss_weight
         self.log_moments = log_moments
         self.scheduler = default_scheduler() if scheduler is None else scheduler
@@ -177,8 +182,7 @@ class GBMDiffusion(DiffusionModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take back the moments of the data and the shape of the images."""
         super().on_load_checkpoint(checkpoint)
-        config = checkpoint["diffusion"]["scheduler"]["config"]
-        self._set_moments(config["log_mean"], config["log_std"])
+        self._measured = True
 
     def _set_moments(self, mean: float | list[float], std: float | list[float]) -> None:
         self.scheduler = sampling_scheduler(self.scheduler, arguments={"log_mean": mean, "log_std": std})

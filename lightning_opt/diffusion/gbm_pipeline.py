@@ -11,6 +11,7 @@ from lightning_opt._checks import check_choice, check_interval
 
 # diffusers reads a folder only where the modules that it names are imported: those of both schedulers
 from . import gbm_deis_scheduler, gbm_scheduler  # noqa: F401
+from ._log_state_scheduler import check_multiplicative
 from .diffusion_module import check_guidance, default_labels
 from .sampling import sample
 
@@ -34,7 +35,8 @@ class GBMPipeline(DiffusionPipeline):
         format: Of the folder; a folder of a later format is refused.
 
     Raises:
-        ValueError: When loading a folder that holds another pipeline, or one of a later format.
+        ValueError: If the scheduler is of added noise; when loading a folder that holds another pipeline, or one of a
+            later format.
 
     Example:
         >>> from diffusers import UNet2DModel
@@ -61,6 +63,7 @@ class GBMPipeline(DiffusionPipeline):
         format: int = FORMAT,
     ) -> None:
         super().__init__()
+        check_multiplicative(scheduler)
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(num_classes=num_classes, guidance=guidance, saved_by=saved_by, format=format)
 
@@ -90,6 +93,7 @@ class GBMPipeline(DiffusionPipeline):
             ValueError: If an argument is out of its range, or does not fit the model.
             SamplingError: If the network returns numbers that are not finite.
         """
+        check_multiplicative(self.scheduler)
         check_interval("batch_size", batch_size, 1)
         check_choice("output_type", output_type, ("pil", "np", "pt"))
         labels = [class_labels] * batch_size if isinstance(class_labels, int) else class_labels

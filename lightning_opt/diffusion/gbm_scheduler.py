@@ -331,8 +331,6 @@ class GBMScheduler(LogStateScheduler):
             ValueError: See the class.
         """
         index = self._place(model_output, timestep, sample)
-        if self._step_index is None:
-            self._recent = {}
         if self.config.fused:
             next_log_x, denoised = self._fused_step(model_output, sample, index, generator)
         else:
@@ -347,7 +345,7 @@ class GBMScheduler(LogStateScheduler):
     ) -> tuple[Tensor, Tensor]:
         step = self._steps[index]
         log_x = sample if sample.dtype in (torch.float32, torch.float64) else sample.float()
-        denoised = self._denoised(model_output, log_x, index)
+        denoised = self._denoised(model_output.to(log_x.dtype), log_x, index)
         next_log_x = torch.lerp(log_x, self._ahead(denoised, index), step.pull)
         if step.shift:
             next_log_x.add_(step.shift)
@@ -372,10 +370,10 @@ class GBMScheduler(LogStateScheduler):
         self._recent[index] = denoised.clone()  # what is returned may be changed
         if before is None or not self._steps[index].ahead:
             return denoised
-        if before.shape != denoised.shape:
+        if before.shape != denoised.shape or before.dtype != denoised.dtype:
             raise ValueError(
-                f"the sample has the shape {tuple(denoised.shape)}, but that of the step before had"
-                f" {tuple(before.shape)}; call set_timesteps to begin with another batch"
+                f"the sample is {denoised.dtype} of the shape {tuple(denoised.shape)}, but that of the step before was"
+                f" {before.dtype} of {tuple(before.shape)}; call set_timesteps to begin with another batch"
             )
         return torch.lerp(before, denoised, 1 + self._steps[index].ahead)
 

@@ -140,14 +140,15 @@ def sampling_scheduler(trained: Any, name: str | None = None, arguments: dict[st
             hint = f" Did you mean {' or '.join(near)}?" if near else f" It takes {', '.join(accepted)}."
             raise ValueError(f"{cls.__name__} has no argument {key!r}.{hint}")
     same = cls is type(trained)
-    settings = {key: value for key, value in trained.config.items() if key in accepted and (same or key in _FIXED)}
+    settings = {key: value for key, value in trained.config.items() if key in accepted and (same or key in FIXED)}
     try:
         return cls(**{**settings, **(arguments or {})})
     except (TypeError, NotImplementedError) as error:  # diffusers does not look at the values
         raise ValueError(f"{cls.__name__} cannot be built with {arguments}: {error}") from error
 
 
-_FIXED = (
+#: What training fixes, and sampling may not change.
+FIXED = (
     *("num_train_timesteps", "prediction_type"),
     *("sigma", "mu", "sigma_schedule", "rho_min", "rho_max", "log_mean", "log_std"),
     *("to_positive", "shift", "exp_scale", "clip_sample"),

@@ -208,15 +208,17 @@ def check_half_precision_is_computed_in_float32(cls, config, tmp_path):
         assert torch.equal(steps[0], steps[1].to(dtype))
 
 
-def check_a_network_of_lower_precision(cls, config, tmp_path):
-    """A float32 state with the outputs of a network in bfloat16: the state is what keeps its dtype."""
+def check_a_network_of_another_precision(cls, config, tmp_path):
+    """A float32 state with the outputs of a network in bfloat16 or float64: the state is what keeps its dtype."""
     scheduler = cls(**config)
-    scheduler.set_timesteps(5)
-    sample, t = prior(scheduler), scheduler.timesteps[0]
-    output = network(scheduler, sample, t).bfloat16()
-    low = step(scheduler, output, t, sample, seed=0).prev_sample
-    scheduler.set_timesteps(5)
-    torch.testing.assert_close(low, step(scheduler, output.float(), t, sample, seed=0).prev_sample, rtol=0, atol=1e-6)
+    for dtype in (torch.bfloat16, torch.float64):
+        scheduler.set_timesteps(5)
+        sample, t = prior(scheduler), scheduler.timesteps[0]
+        output = network(scheduler, sample, t).to(dtype)
+        other = step(scheduler, output, t, sample, seed=0).prev_sample
+        scheduler.set_timesteps(5)
+        expected = step(scheduler, output.float(), t, sample, seed=0).prev_sample
+        torch.testing.assert_close(other, expected, rtol=0, atol=1e-6)
 
 
 def check_tuples_and_objects_are_equal(cls, config, tmp_path):

@@ -1,8 +1,10 @@
 """What must not pass silently: networks, labels, batches, configs and checkpoints that do not fit."""
 
 import diffusers
+import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_opt.diffusion import (
@@ -10,11 +12,12 @@ from lightning_opt.diffusion import (
     GaussianDiffusion,
     GBMDEISScheduler,
     GBMDiffusion,
+    GBMPipeline,
     GBMScheduler,
     load_diffusion,
 )
 from lightning_opt.diffusion.sampling import sample, sampling_scheduler
-from tests.diffusion.small_models import small_unet
+from tests.diffusion.small_models import TrainedGaussian, fit, loader, small_unet
 
 MODULES = (GBMDiffusion, GaussianDiffusion)
 IMAGES = torch.rand(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -140,3 +143,68 @@ def test_a_checkpoint_of_another_kind_is_not_continued():
         GBMDiffusion(small_unet()).on_load_checkpoint(checkpoint(GaussianDiffusion))
     with pytest.raises(ValueError, match="holds no diffusion model, and this is a GaussianDiffusion"):
         GaussianDiffusion(small_unet()).on_load_checkpoint({})
+
+
+def test_a_checkpoint_brings_the_noise_it_was_trained_with():
+    """By Lightning's own loading too, whose arguments do not say it; what sampling may choose stays."""
+    own = GBMScheduler(rho_max=3.0, prediction_type="epsilon", to_positive="exp", sampler="ode", log_mean=0.3)
+    gaussian = diffusers.DDPMScheduler(beta_end=0.05, prediction_type="sample")
+    for trained, other, names in (
+        (GBMDiffusion(small_unet(), own), GBMDiffusion(small_unet()), ("rho_max", "to_positive", "log_mean")),
+        (GaussianDiffusion(small_unet(), gaussian), GaussianDiffusion(small_unet()), ("beta_end",)),
+    ):
+        checkpoint = {}
+        trained.on_save_checkpoint(checkpoint)
+        sampler = other.scheduler.config.get("sampler")
+        other.on_load_checkpoint(checkpoint)
+        for name in (*names, "prediction_type"):
+            assert other.scheduler.config[name] == trained.scheduler.config[name]
+        assert other.scheduler.config.get("sampler") == sampler
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: GBMDiffusion(small_unet(), diffusers.DDPMScheduler()),
+        lambda: GBMDiffusion(small_unet(), "GBMScheduler"),
+        lambda: GBMPipeline(small_unet(), diffusers.DDPMScheduler()),
+        lambda: GaussianDiffusion(small_unet(), GBMScheduler()),
+        lambda: GaussianDiffusion(small_unet(), diffusers.FlowMatchEulerDiscreteScheduler()),
+    ],
+)
+def test_a_scheduler_of_another_noise_is_refused(make):
+    with pytest.raises(ValueError, match="scheduler must be a"):
+        make()
+
+
+def test_moments_are_two():
+    for wrong in (0.3, (0.3, 1.0, 2.0)):
+        with pytest.raises(ValueError, match=r"log_moments must be \[mean, standard deviation\]"):
+            GBMDiffusion(small_unet(), log_moments=wrong)
+
+
+@pytest.mark.parametrize("cls", MODULES)
+def test_images_without_channels_are_refused(cls):
+    with pytest.raises(ValueError, match=r"images must be of shape \[B, C, H, W\], got \[4, 6, 6\]; images\[:, None\]"):
+        cls(Network(torch.zeros_like)).training_step(IMAGES[:, 0], 0)
+
+
+@pytest.mark.filterwarnings("ignore")  # of Lightning, about precision and predict loaders
+def test_what_the_trainer_cannot_do_is_said_before_the_first_step(tmp_path):
+    for precision in ("bf16-true", "64-true"):
+        with pytest.raises(MisconfigurationException, match=f"precision must be .*, got {precision}"):
+            fit(TrainedGaussian(small_unet()), tmp_path, precision=precision)
+    with pytest.raises(MisconfigurationException, match="GaussianDiffusion predicts nothing"):
+        pl.Trainer(accelerator="cpu", logger=False).predict(GaussianDiffusion(small_unet()), loader())
+
+
+def test_labels_are_checked_in_evaluation_on_an_accelerator(monkeypatch):
+    module = GBMDiffusion(Network(torch.zeros_like), num_classes=3)
+    monkeypatch.setattr(GBMDiffusion, "device", torch.device("meta"))
+    monkeypatch.setattr(module, "check_images", lambda images: None)
+    monkeypatch.setattr(module, "losses", lambda *_: pytest.fail("went on"))
+    labels = torch.tensor([0, 1, 2, 3])
+    monkeypatch.setattr(module, "_read", lambda batch: (IMAGES, labels))
+    for validate in (module.validation_step, module.test_step):
+        with pytest.raises(ValueError, match="class_labels must be from 0 to 2"):
+            validate((IMAGES, labels), 0)
