@@ -59,6 +59,8 @@ def per_sample_sums(
 def _vectorised(pl_module: pl.LightningModule, chunks: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
     try:
         yield from chunks
+    except torch.OutOfMemoryError:  # a RuntimeError, of another cause
+        raise
     except (RuntimeError, ValueError) as error:
         raise MisconfigurationException(
             f"torch.func.vmap cannot run the training_step of {type(pl_module).__name__} on single samples: {error} Use"

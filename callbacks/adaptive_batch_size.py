@@ -313,7 +313,6 @@ class AdaptiveBatchSize(pl.Callback):
         if wanted == before:
             return
         cycle.split(wanted)
-        cycle.batch = max(cycle.batch, before)
         cycle.resize()
         if cycle.batch >= self._b_max:
             rank_zero_info(f"AdaptiveBatchSize: the batch has reached b_max={self._b_max}; testing stops.")

@@ -121,7 +121,8 @@ class LanczosLRLearner(StepProbe):
         momentum_max: Largest momentum.
         lr_min: Smallest rate.
         lr_max: Largest rate; None for no limit.
-        decay: ``"linear"`` multiplies the learned rate by 1 - t/T over the run; the rule ``"effective"`` then begins
+        decay: ``"linear"`` multiplies the learned rate by 1 - t/T over the run; a scheduler beside it is refused. The
+            rule ``"effective"`` then begins
             2.5 times as high, since a rate that falls does no harm at the end.
         on_scheduler: ``"error"`` or ``"rebase"``.
         loss_fn: Computes the loss from module and batch, in the place of ``training_step``.
@@ -298,7 +299,7 @@ class LanczosLRLearner(StepProbe):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._optimizer = only_optimizer(trainer, self)
-        if self.on_scheduler == "error":
+        if self.on_scheduler == "error" or self.decay is not None:  # a decay would write over the schedule's rates
             check_no_scheduler(trainer, self)
         _check_optimizer(self._optimizer, self.rule)
         self._measured = self._chosen_parameters(pl_module, self._optimizer)

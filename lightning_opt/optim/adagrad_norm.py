@@ -31,7 +31,8 @@ class AdaGradNorm(Optimizer):
     the two methods that arXiv:2402.11215 analyses under batches that grow
     (:class:`lightning_opt.callbacks.AdaptiveBatchSize`).
 
-    A gradient that is not finite makes its own coordinates NaN; it does not enter the sum, and nothing else moves.
+    A gradient that is not finite makes its own coordinates NaN; it does not enter the sum, and nothing
+    else moves but by the weight decay.
 
     Args:
         params: Parameters, named parameters or groups.

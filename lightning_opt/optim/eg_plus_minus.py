@@ -119,7 +119,7 @@ class EGPlusMinus(Optimizer):
         """Section 3 of Kivinen and Warmuth (1997)."""
         if momentum:
             g = state.momentum_buffer.mul_(c.momentum).add_(g)
-            g = g + 0.0 * g  # NaN where it is infinite: clamped below, it would stay unseen
+        g = g + 0.0 * g  # NaN where it is infinite: clamped below, it would stay unseen
         factor = (-c.lr * g).clamp(-c.limit, c.limit).exp()
         state.p.mul_(factor)
         state.q.div_(factor)

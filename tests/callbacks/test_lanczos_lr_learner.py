@@ -233,6 +233,17 @@ def test_a_learned_rate_cannot_be_the_base_of_a_schedule_that_starts_from_zero()
         fit(LanczosLRLearner(on_scheduler="rebase"), Net(make))
 
 
+def test_a_decay_is_not_laid_over_a_schedule():
+    """It would write the scheduler's rates over in every step."""
+
+    def make(p):
+        optimizer = torch.optim.SGD(p, 0.1)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 2)]
+
+    with pytest.raises(MisconfigurationException, match="scheduler"):
+        fit(LanczosLRLearner(on_scheduler="rebase", decay="linear"), Net(make))
+
+
 def test_a_run_that_is_resumed_without_the_callback_s_state(tmp_path):
     """Its first refresh is behind step 16, where the interval is chosen, with no step timed."""
 

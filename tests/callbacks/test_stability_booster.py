@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_opt.callbacks import RunReport, StabilityBooster
+from lightning_opt.curvature.stability import Stability
 
 settings = {
     "StabilityBooster": [{"every_n_steps": 2}, {"every_n_steps": 1, "quantity": "rho_top", "trace": "fisher_mc"}]
@@ -86,6 +87,17 @@ def test_the_quantity_counts_the_noise_of_batches():
     """One sample of a stream: the trace counts in full, so the edge of rho_mix is where that of rho_top is."""
     booster = StabilityBooster(every_n_steps=1, dataset_size="infinite")
     assert fit(booster, Line(2.0, 1.5))[0] == pytest.approx(1.05)
+
+
+@pytest.mark.parametrize("beyond", ["rho_mix", "rho_tr", "rho_top"])
+@pytest.mark.parametrize("quantity", ["rho_mix", "rho_tr", "rho_top"])
+def test_the_quantity_is_the_one_that_was_asked_for(quantity, beyond, monkeypatch):
+    """On a line all three are one number: here one of them alone is beyond the edge."""
+    for name in ("rho_mix", "rho_tr", "rho_top"):
+        value = 1.2 if name == beyond else 0.9
+        monkeypatch.setattr(Stability, name, property(lambda self, value=value: value))
+    rates = fit(StabilityBooster(every_n_steps=1, quantity=quantity, target=0.8), Line(2.0, 0.5), steps=1)
+    assert rates == pytest.approx([0.35 if quantity == beyond else 0.5])
 
 
 def test_the_report_shows_the_edge(tmp_path):

@@ -122,6 +122,18 @@ def test_a_huge_gradient_moves_the_parts_by_the_guarded_factor(budget, foreach):
     torch.testing.assert_close(weight.detach(), scale * (p * up - q * down), rtol=1e-6, atol=1e-6)
 
 
+@FOREACH
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_an_infinite_gradient_is_seen(momentum, foreach):
+    """Clamped, it would be a step like any other."""
+    weight = nn.Parameter(torch.tensor([1.0, -1.0]))
+    optimizer = EGPlusMinus([weight], lr=0.1, momentum=momentum, max_log_step=0.5, foreach=foreach)
+    weight.grad = torch.tensor([math.inf, 0.1])
+    optimizer.step()
+    assert weight[0].isnan()
+    assert weight[1].isfinite()
+
+
 # --- published effect ---
 
 
