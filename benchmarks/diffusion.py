@@ -8,7 +8,9 @@
 Both models are trained as the recipe of the data set says, one with ``--model=GaussianDiffusion``; the learning rate is
 chosen for each by the validation loss of seed 0 among those of ``RATES``. Each sampler then draws as many images as
 there are held-out ones, and ``score_samples`` compares them in the features of the shipped net, beside as many training
-images and as noise. "ancestral" is the sampler that each model was proposed with (``dale``, DDPM).
+images and as noise. "ancestral" is the sampler that each model was proposed with (``dale``, DDPM). Where a sampler has
+several grids of noise levels (``GRIDS``), the one with the least distance to training images, mean over the seeds, is
+taken for each number of calls, for both models alike.
 
 Every training and every sampling is written to ``benchmarks/results/diffusion_<data>.json`` when it ends, and is
 skipped from then on. Weights are kept in ``runs/benchmarks/diffusion``. Pictures go to ``docs/methods/img``.
@@ -36,7 +38,7 @@ from torch.nn import functional
 from lightning_opt.cli.recipes import recipe_path
 from lightning_opt.data import Digits, FashionMNIST
 from lightning_opt.diffusion import DiffusionModule, GaussianDiffusion, GBMDiffusion, load_diffusion, sampling_scheduler
-from lightning_opt.metrics import score_samples
+from lightning_opt.metrics import frechet_distance, score_samples
 from lightning_opt.schedules import LinearDecayLR
 
 ROOT = Path(__file__).parents[1]
@@ -55,8 +57,8 @@ SAMPLERS: dict[str, list[Sampler]] = {
     ],
     "Gaussian": [
         ("DDIM", "DDIMScheduler", {}, (5, 10, 20, 50)),
-        ("DEIS", "DEISMultistepScheduler", {}, (5, 10, 20)),
-        ("multistep", "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, (10, 20, 50, 200)),
+        ("DEIS", "DEISMultistepScheduler", {}, (5, 10, 20, 50)),
+        ("multistep", "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, (5, 10, 20, 50, 200)),
         ("ancestral", None, {}, (50, 100, 200, 1000)),
     ],
 }
@@ -68,7 +70,16 @@ FEWER: dict[str, list[Sampler]] = {  # where a call of the network takes seconds
         ("ancestral", None, {"sampler": "dale"}, (1000,)),
     ],
 }
+THEIRS = {"times": {}, "Karras": {"use_karras_sigmas": True}, "exponential": {"use_exponential_sigmas": True}}
+GRIDS: dict[tuple[str, str], dict[str, dict[str, Any]]] = {  # tried for few calls; training images choose among them
+    ("multiplicative", "multistep"): {f"rho^(1/{order})": {"spacing_order": float(order)} for order in (2, 3, 5)},
+    ("multiplicative", "DEIS"): {f"rho^(1/{order})": {"spacing_order": float(order)} for order in (3, 5, 7)},
+    ("Gaussian", "multistep"): THEIRS,
+    ("Gaussian", "DEIS"): THEIRS,
+}
+OWN: dict[str, dict[str, Any]] = {"": {}}  # the sampler's own grid
 GAP = 1  # pixels between images
+KEY = ("model", "seed", "sampler", "steps", "grid")
 STYLES = {
     "ancestral": "-",
     "exp_euler": "-.",
@@ -137,6 +148,7 @@ class Study:
         test = _images(self.data.test_set)
         self.held_out = test[torch.randperm(len(test), generator=generator)[: setting.held_out]]
         self.real = _images(self.data.train_set)
+        self.shown = self.real[torch.randperm(len(self.real), generator=generator)[: setting.held_out]]
 
     def run(self) -> None:
         for model in self.setting.samplers:
@@ -187,18 +199,21 @@ class Study:
         module: DiffusionModule | None = None
         for label, scheduler, options, counts in self.setting.samplers[model]:
             for steps in counts:
-                key = (model, seed, label, steps)
-                if any((r["model"], r["seed"], r["sampler"], r["steps"]) == key for r in self.samplings):
-                    continue
-                module = self.load(model, seed) if module is None else module
-                images, seconds = draw_images(module, len(self.held_out), scheduler, options, steps, seed)
-                scores = score_samples(images, self.held_out, self.real)
-                numbers = {name: round(value, 5) for name, value in scores.as_dict().items()}
-                missing = scores.missing_classes
-                row = dict(zip(("model", "seed", "sampler", "steps"), key, strict=True))
-                self.samplings.append({**row, "seconds": round(seconds, 2), "missing": missing, **numbers})
-                self.write()
-                print(f"{model} seed {seed} {label} {steps}: {numbers['frechet']:.2f} in {seconds:.1f} s", flush=True)
+                for grid, changes in self.grids(model, label).items():
+                    key = (model, seed, label, steps, grid)
+                    if any(tuple(r[name] for name in KEY) == key for r in self.samplings):
+                        continue
+                    module = self.load(model, seed) if module is None else module
+                    count = len(self.held_out)
+                    images, seconds = draw_images(module, count, scheduler, {**options, **changes}, steps, seed)
+                    scores = score_samples(images, self.held_out, self.real)
+                    numbers = {name: round(value, 5) for name, value in scores.as_dict().items()}
+                    numbers["frechet_train"] = round(frechet_distance(images, self.shown), 5)
+                    row = dict(zip(KEY, key, strict=True))
+                    missing = scores.missing_classes
+                    self.samplings.append({**row, "seconds": round(seconds, 2), "missing": missing, **numbers})
+                    self.write()
+                    print(f"{' '.join(map(str, key))}: {numbers['frechet']:.2f} in {seconds:.1f} s", flush=True)
 
     def load(self, model: str, seed: int) -> DiffusionModule:
         """A trained model, from its checkpoint."""
@@ -219,22 +234,30 @@ class Study:
         for model, samplers in self.setting.samplers.items():
             for label, _, _, counts in samplers:
                 for steps in counts:
-                    found = {
-                        r["seed"]: r
-                        for r in self.samplings
-                        if (r["model"], r["sampler"], r["steps"]) == (model, label, steps)
-                    }
-                    if len(found) == len(self.setting.seeds):
+                    found = {grid: self._rows(model, label, steps, grid) for grid in self.grids(model, label)}
+                    if all(found.values()):
+                        grid = min(found, key=lambda g: sum(row.get("frechet_train", 0.0) for row in found[g]))
+                        measures = ("frechet", "kernel", "precision", "recall", "frechet_real", "frechet_noise")
                         rows[f"{model}, {label}, {steps}"] = {
-                            measure: _mean_and_error([found[seed][measure] for seed in self.setting.seeds])
-                            for measure in ("frechet", "kernel", "precision", "recall", "frechet_real", "frechet_noise")
+                            "grid": grid,
+                            **{measure: _mean_and_error([row[measure] for row in found[grid]]) for measure in measures},
                         }
         return rows
 
+    def grids(self, model: str, label: str) -> dict[str, dict[str, Any]]:
+        """The noise levels that are tried; where a call takes seconds, the sampler's own alone."""
+        return GRIDS.get((model, label), OWN) if self.setting.samplers is SAMPLERS else OWN
+
+    def _rows(self, model: str, label: str, steps: int, grid: str) -> list[dict[str, Any]]:
+        """One a seed, or none if some are missing."""
+        keys = [(model, seed, label, steps, grid) for seed in self.setting.seeds]
+        found = {tuple(row[name] for name in KEY): row for row in self.samplings}
+        return [found[key] for key in keys] if all(key in found for key in keys) else []
+
     def show(self) -> None:
         for name, row in self.summary().items():
-            words = "  ".join(f"{m} {v['mean']:.4g} ± {v['error']:.2g}" for m, v in row.items())
-            print(f"{name:<34}{words}")
+            words = "  ".join(f"{m} {v['mean']:.4g} ± {v['error']:.2g}" for m, v in row.items() if m != "grid")
+            print(f"{name:<34}{row['grid']:<13}{words}")
 
     def draw(self) -> None:
         """Distance against network calls; samples of ten calls, and how they come about."""

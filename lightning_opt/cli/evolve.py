@@ -43,7 +43,7 @@ def evolve_command(arguments: list[str]) -> int:
         if not options.out.parent.is_dir():
             raise UserError(f"there is no folder {options.out.parent} for --out.")
         if not options.quiet:
-            print("compiling the search: some 20 seconds, the first time only", file=sys.stderr, flush=True)
+            print("compiling the search (the first time only)", file=sys.stderr, flush=True)
         front = evolve(
             options.function,
             domain,
