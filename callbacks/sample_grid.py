@@ -1,5 +1,4 @@
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +13,7 @@ from typing_extensions import override
 from lightning_opt._checks import check_choice, check_interval
 from lightning_opt._lightning.weight_averaging import averaged_weights
 from lightning_opt.diffusion.image_grid import image_grid, save_picture
+from lightning_opt.diffusion.sampling import evaluating
 from lightning_opt.registry import register
 
 from ._arguments import described_by_arguments
@@ -244,21 +244,8 @@ def _draw(
     options: dict[str, Any],
 ) -> Tensor:
     draw: Any = pl_module.sample
-    with averaged_weights(trainer, pl_module), _evaluating(pl_module):
+    with averaged_weights(trainer, pl_module), evaluating(pl_module):
         return draw(num, generator=generator, progress=side_bar(trainer, "samples"), **options)
-
-
-@contextmanager
-def _evaluating(pl_module: pl.LightningModule) -> Iterator[None]:
-    """Evaluation mode without gradients; behind, every part is in the mode that it was in."""
-    modes = [(module, module.training) for module in pl_module.modules()]
-    pl_module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 class _Picture:

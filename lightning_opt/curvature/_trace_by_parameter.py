@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ._krylov import rademacher
 from .operator import CurvatureOperator
 from .preconditioned import PreconditionedOperator
 
@@ -32,8 +33,7 @@ def from_signs(operator: CurvatureOperator, num_probes: int, generator: torch.Ge
     """Estimates of the trace ``[probes, parameters]`` from vectors of random signs (Hutchinson, 1989)."""
     rows = []
     for _ in range(num_probes):
-        signs = torch.randint(0, 2, (operator.size,), generator=generator).mul_(2).sub_(1)
-        v = signs.to(operator.device, operator.dtype)
+        v = rademacher(operator, generator)
         rows.append(_sums(operator, v * (operator @ v)))
     return torch.stack(rows).to("cpu", torch.float64)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_opt import cpu_kernels, triton_kernels
 from lightning_opt._checks import check_choice
 
+from .parametrization import wide
 from .philox import NoiseKey, check_noise_key, draw_noise_key, philox_normal
 
 Noise = Tensor | torch.Generator | NoiseKey | tuple[int, int]
@@ -105,11 +106,6 @@ def check_like(name: str, tensor: Tensor, like: Tensor) -> None:
         raise ValueError(f"{name} must have shape {tuple(like.shape)}, got {tuple(tensor.shape)}")
     if tensor.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, got a tensor on {tensor.device}")
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to compute in: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def broadcast(name: str, value: Number, like: Tensor) -> Number:

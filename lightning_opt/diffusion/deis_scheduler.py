@@ -1,6 +1,6 @@
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers import (
@@ -139,7 +139,7 @@ class DEISScheduler(SchedulePlace):
         check_choice("time_shift_type", time_shift_type, ("exponential", "linear"))
         check_choice("deis_type", deis_type, ALGORITHMS)
         check_interval("solver_order", solver_order, 1, 4)
-        check_choice("warmup", warmup, ("low_order", "heun", "kutta"))
+        check_choice("warmup", warmup, get_args(Warmup))
         check_choice("final_sigmas_type", final_sigmas_type, ("zero", "sigma_min"))
         check_choice("timestep_spacing", timestep_spacing, ("linspace", "leading", "trailing"))
         check_choice("spacing", spacing, (None, *SPACINGS))

@@ -178,23 +178,17 @@ class DiffusionModule(pl.LightningModule, abc.ABC):
             raise ValueError(f"{type(self).__name__} has seen no data yet: fit it, or load a checkpoint of a fit")
         labels = default_labels(num, self.num_classes, class_labels)
         check_guidance(guidance_scale, self.num_classes, self.null_label)
-        training = [(module, module.training) for module in self.denoiser.modules()]
-        self.denoiser.eval()
-        try:
-            return sample(
-                self.denoiser,
-                sampling_scheduler(self.scheduler, scheduler, scheduler_args),
-                (num, *self.image_shape),
-                num_inference_steps=num_inference_steps,
-                generator=generator,
-                class_labels=labels,
-                null_label=self.null_label,
-                guidance_scale=guidance_scale,
-                progress=progress,
-            )
-        finally:
-            for module, mode in training:
-                module.training = mode
+        return sample(
+            self.denoiser,
+            sampling_scheduler(self.scheduler, scheduler, scheduler_args),
+            (num, *self.image_shape),
+            num_inference_steps=num_inference_steps,
+            generator=generator,
+            class_labels=labels,
+            null_label=self.null_label,
+            guidance_scale=guidance_scale,
+            progress=progress,
+        )
 
     def check_sampling(
         self,

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from lightning_opt._checks import check_choice
 
-from ._fused import Noise, Number, as_noise, broadcast, kernels_for, launch, noise_source, wide
+from ._fused import Noise, Number, as_noise, broadcast, kernels_for, launch, noise_source
+from .parametrization import wide
 
 State = Literal["scaled", "log", "positive"]
 Target = Literal["edm", "epsilon", "hyvarinen"]

@@ -1,5 +1,5 @@
 import functools
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers import SchedulerMixin  # noqa: F401  # diffusers looks for it here when it loads a pipeline
@@ -107,7 +107,7 @@ class GBMDEISScheduler(LogStateScheduler):
     ) -> None:
         check_choice("algorithm_type", algorithm_type, ALGORITHMS)
         check_interval("solver_order", solver_order, 1, 4)
-        check_choice("warmup", warmup, ("low_order", "heun", "kutta"))
+        check_choice("warmup", warmup, get_args(Warmup))
         #: Network calls in a step: 1, or the stages of a Runge-Kutta method.
         self.order = len(TABLEAUS[algorithm_type[3:]].weights) if algorithm_type.startswith("rk_") else 1
         self._configure()

@@ -101,7 +101,6 @@ class GBMPipeline(DiffusionPipeline):
         null_label = num_classes if self.config.guidance else None
         check_guidance(guidance_scale, num_classes, null_label)
         size = self.unet.config.sample_size
-        self.unet.eval()
         images = sample(
             self.unet,
             self.scheduler,

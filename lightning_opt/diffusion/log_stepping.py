@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._fused import Noise, Number, as_noise, broadcast, check_like, kernels_for, launch, noise_source, wide
+from ._fused import Noise, Number, as_noise, broadcast, check_like, kernels_for, launch, noise_source
+from .parametrization import wide
 
 
 class LogStep(NamedTuple):

@@ -8,7 +8,8 @@ from torch import Tensor
 from lightning_opt._checks import check_choice
 from lightning_opt.fast_exp import fast_exp
 
-from ._fused import Noise, Number, as_noise, broadcast, check_like, kernels_for, launch, noise_source, wide
+from ._fused import Noise, Number, as_noise, broadcast, check_like, kernels_for, launch, noise_source
+from .parametrization import wide
 from .philox import NoiseKey
 
 ExpImpl = Literal["native", "poly"]

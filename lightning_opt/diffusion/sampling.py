@@ -1,7 +1,8 @@
 """Drawing images from a trained denoiser: the one loop of the modules, the pipeline, the callback and the command."""
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -39,7 +40,8 @@ def sample(
 
     Args:
         denoiser: Called with the state ``[B, C, H, W]``, times ``[B]`` and, for classes, ``class_labels`` ``[B]``.
-            Returns a tensor of the state's shape, or an object whose ``sample`` is one. It runs in the mode it is in.
+            Returns a tensor of the state's shape, or an object whose ``sample`` is one. It runs in evaluation mode,
+            and is put back.
         scheduler: Its time steps are set here. It must be for the noise that the denoiser was trained with.
         shape: ``[B, C, H, W]``.
         num_inference_steps: As the scheduler counts them; methods of several stages call the network more often.
@@ -71,25 +73,39 @@ def sample(
     scheduler.set_timesteps(num_inference_steps, device=device)
     state = _prior(scheduler, shape, generator, device)
     step_options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    for number, time in enumerate(progress(scheduler.timesteps)):
-        network_input = scheduler.scale_model_input(state, time).to(dtype)
-        if guided:
-            network_input = torch.cat([network_input, network_input])
-        output = call_denoiser(denoiser, network_input, time.to(device), labels)
-        where = f"step {number + 1} of {len(scheduler.timesteps)}: {type(denoiser).__name__}"
-        if output.shape != network_input.shape:
-            raise SamplingError(
-                f"{where} returned the shape {list(output.shape)} for an input of {list(network_input.shape)}"
-            )
-        output = output.float()
-        if guided:
-            of_class, of_none = output.chunk(2)
-            output = of_none + guidance_scale * (of_class - of_none)
-        if not torch.isfinite(output).all():
-            bad = int((~torch.isfinite(output)).sum())
-            raise SamplingError(f"{where} returned {bad} of {output.numel()} numbers that are not finite")
-        state = scheduler.step(output, time, state, **step_options).prev_sample
+    with evaluating(denoiser):
+        for number, time in enumerate(progress(scheduler.timesteps)):
+            network_input = scheduler.scale_model_input(state, time).to(dtype)
+            if guided:
+                network_input = torch.cat([network_input, network_input])
+            output = call_denoiser(denoiser, network_input, time.to(device), labels)
+            where = f"step {number + 1} of {len(scheduler.timesteps)}: {type(denoiser).__name__}"
+            if output.shape != network_input.shape:
+                raise SamplingError(
+                    f"{where} returned the shape {list(output.shape)} for an input of {list(network_input.shape)}"
+                )
+            output = output.float()
+            if guided:
+                of_class, of_none = output.chunk(2)
+                output = of_none + guidance_scale * (of_class - of_none)
+            if not torch.isfinite(output).all():
+                bad = int((~torch.isfinite(output)).sum())
+                raise SamplingError(f"{where} returned {bad} of {output.numel()} numbers that are not finite")
+            state = scheduler.step(output, time, state, **step_options).prev_sample
     return scheduler.to_images(state) if hasattr(scheduler, "to_images") else (state / 2 + 0.5).clamp(0, 1)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; behind, every part is in the mode that it was in."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 def call_denoiser(denoiser: nn.Module, state: Tensor, time: Tensor, class_labels: Tensor | None) -> Tensor:

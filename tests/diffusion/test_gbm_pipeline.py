@@ -62,6 +62,13 @@ def test_module_pipeline_and_loaded_pipeline_draw_the_same_images(checkpoint, tm
     assert [picture.size for picture in pictures] == [(8, 8)] * 2
 
 
+def test_drawing_leaves_the_network_in_its_mode(checkpoint):
+    """A pipeline made in the middle of training shares the network."""
+    module = load_diffusion(checkpoint).train()
+    quiet(module.pipeline())(1, generator(), num_inference_steps=1, class_labels=0)
+    assert all(part.training for part in module.denoiser.modules())
+
+
 def test_a_folder_loads_in_a_process_that_has_imported_nothing_else(checkpoint, tmp_path):
     """diffusers imports no module because a folder names it: the pipeline's own must have imported the scheduler's."""
     load_diffusion(checkpoint).pipeline().save_pretrained(tmp_path)
