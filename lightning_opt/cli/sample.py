@@ -63,7 +63,14 @@ def sample(arguments: list[str]) -> int:
     for name in ("num", "batch_size", "steps", "columns"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be >= 1, got {value}.")
+    if not -(2**63) <= options.seed < 2**63:
+        raise UserError(f"--seed must be a whole number of 64 bits, got {options.seed}.")
     module = load_module(options.checkpoint, options.device)
+    if options.out.suffix == ".png" and module.image_shape is not None and module.image_shape[0] not in (1, 3):
+        raise UserError(
+            f"--out={options.out}: a picture has 1 or 3 channels, and the model's images have {module.image_shape[0]};"
+            " --out=samples.pt writes them as a tensor."
+        )
     settings = {
         "num_inference_steps": options.steps,
         "scheduler": options.scheduler,
@@ -145,7 +152,10 @@ def _parse(words: list[str]) -> dict[str, Any]:
         name, equals, value = word.partition("=")
         if not equals:
             raise UserError(f"--scheduler-arg {word}: must be NAME=VALUE, for example solver_order=3.")
-        parsed[name] = yaml.safe_load(value)
+        try:
+            parsed[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"--scheduler-arg {word}: {value!r} cannot be read as YAML.") from error
     return parsed
 
 

@@ -61,6 +61,7 @@ class DiffusionModule(pl.LightningModule, abc.ABC):
         self.label_dropout = label_dropout
         self.seed = seed
         self.image_shape: tuple[int, ...] | None = None
+        self._not_finite: Tensor | None = None  # whether a loss of this epoch was; read once an epoch
         for stage in ("val", "test"):
             quarters = nn.ModuleList(MeanMetric(nan_strategy="ignore") for _ in range(QUARTERS))
             self.add_module(f"{stage}_quarters", quarters)
@@ -132,7 +133,22 @@ class DiffusionModule(pl.LightningModule, abc.ABC):
             labels = torch.where(dropped, self.null_label, labels)
         loss = self.losses(images, labels, generator).loss.mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(images))
+        broken = ~loss.detach().isfinite()
+        self._not_finite = broken if self._not_finite is None else self._not_finite | broken
         return loss
+
+    def on_train_epoch_end(self) -> None:
+        """Stop a run whose losses are not numbers, before a checkpoint of it is written.
+
+        Raises:
+            FloatingPointError: On all ranks, if the loss of one was NaN or infinite.
+        """
+        broken, self._not_finite = self._not_finite, None
+        if self.trainer.strategy.reduce_boolean_decision(broken is not None and bool(broken), all=False):
+            raise FloatingPointError(
+                f"{type(self).__name__}: a loss of epoch {self.current_epoch} was not finite, so the weights are lost:"
+                " go on from an earlier checkpoint with a lower learning rate, or gradient_clip_val"
+            )
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Loss of a batch, with noise that is the same in every epoch."""

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from lightning_opt._checks import check_interval, nearest
 
+from ._schedule_place import whole
+
 
 class SamplingError(RuntimeError):
     """The network gave what no image can be made of; the message names the step."""
@@ -60,7 +62,7 @@ def sample(
 
     Cost: a call of the network for each time step, twice the batch with guidance.
     """
-    check_interval("num_inference_steps", num_inference_steps, 1)
+    whole("num_inference_steps", num_inference_steps)
     check_interval("guidance_scale", guidance_scale, 0)
     parameter = next(denoiser.parameters(), torch.empty(0))  # a function may be wrapped, with none
     device, dtype = parameter.device, parameter.dtype

@@ -12,7 +12,7 @@ from PIL import Image
 
 from lightning_opt.cli import main
 from lightning_opt.diffusion import GBMDiffusion, GBMPipeline, load_diffusion
-from tests.diffusion.small_models import Told, Trained, fit, small_unet
+from tests.diffusion.small_models import Told, Trained, fit, loader, small_unet
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -123,6 +123,8 @@ def test_ctrl_c_writes_what_is_finished(classes, capsys, monkeypatch):
         (["--scheduler=DDIMScheduler"], "DDIMScheduler samples from added noise"),
         (["--scheduler-arg=sampler"], "--scheduler-arg sampler: must be NAME=VALUE"),
         (["--scheduler-arg=samplr=ode"], "GBMScheduler has no argument 'samplr'. Did you mean"),
+        (["--scheduler-arg=sampler=[a"], "--scheduler-arg sampler=[a: '[a' cannot be read as YAML"),
+        (["--seed=10000000000000000000000"], "--seed must be a whole number of 64 bits"),
         (["--class-label=3"], "class_labels must be from 0 to 2, got 3 to 3"),
         (["--guidance=-2"], "guidance_scale must be >= 0 and finite, got -2.0"),
     ],
@@ -170,6 +172,18 @@ def test_a_network_that_goes_wrong_and_one_that_cannot_be_built(classes, capsys,
     trainer.save_checkpoint("told.ckpt")
     assert main(["sample", "told.ckpt"]) == 2
     assert "which is no model of diffusers and cannot be built from the checkpoint" in capsys.readouterr().err
+
+
+def test_a_picture_of_two_channels_is_refused_before_drawing(capsys, tmp_path, workdir, monkeypatch):
+    two = Trained(small_unet(in_channels=2, out_channels=2))
+    images = torch.rand(8, 2, 8, 8)
+    trainer = fit(two, tmp_path, data=loader(images=images), max_steps=1, limit_val_batches=0)
+    trainer.save_checkpoint("two.ckpt")
+    assert main(["sample", "two.ckpt", "--steps=1", "--num=2", "--out=two.pt"]) == 0
+    assert torch.load("two.pt", weights_only=True).shape == (2, 2, 8, 8)
+    monkeypatch.setattr(GBMDiffusion, "sample", None)
+    assert main(["sample", "two.ckpt"]) == 2
+    assert "a picture has 1 or 3 channels, and the model's images have 2; --out=samples.pt" in capsys.readouterr().err
 
 
 def test_without_diffusers_the_extra_is_named(classes, capsys, monkeypatch):

@@ -1,9 +1,12 @@
 """What must not pass silently: networks, labels, batches, configs and checkpoints that do not fit."""
 
+import math
+
 import diffusers
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
@@ -17,7 +20,7 @@ from lightning_opt.diffusion import (
     load_diffusion,
 )
 from lightning_opt.diffusion.sampling import sample, sampling_scheduler
-from tests.diffusion.small_models import TrainedGaussian, fit, loader, small_unet
+from tests.diffusion.small_models import Told, Trained, TrainedGaussian, fit, loader, small_unet
 
 MODULES = (GBMDiffusion, GaussianDiffusion)
 IMAGES = torch.rand(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -50,6 +53,24 @@ def test_a_network_output_that_would_broadcast_is_refused(cls, function):
 def test_a_network_output_that_is_no_tensor_is_refused(cls, function):
     with pytest.raises(ValueError, match="Network must return a tensor"):
         losses(cls(Network(function)))
+
+
+@pytest.mark.parametrize("cls", MODULES)
+def test_steps_are_a_whole_number(cls):
+    module = cls(Network(torch.zeros_like))
+    module.image_shape = (1, 4, 4)  # as after a fit
+    with pytest.raises(ValueError, match="num_inference_steps must be a whole number"):
+        module.sample(1, num_inference_steps=2.5)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize("cls", [Trained, TrainedGaussian])
+def test_losses_that_are_no_numbers_end_the_run_before_a_checkpoint_is_written(cls, tmp_path):
+    network = Told(lambda state, _: state * (math.nan if len(network.calls) == 3 else 1.0))
+    saved = ModelCheckpoint(tmp_path, filename="{epoch}")
+    with pytest.raises(FloatingPointError, match=rf"{cls.__name__}: a loss of epoch 1 was not finite"):
+        fit(cls(network), tmp_path, saved, max_epochs=3, limit_train_batches=2, limit_val_batches=0)
+    assert [file.name for file in tmp_path.glob("*.ckpt")] == ["epoch=0.ckpt"]
 
 
 def test_a_network_without_parameters_samples():
