@@ -12,6 +12,7 @@ from lightning_opt.fast_exp import EXP2_COEFFICIENTS, EXP_COEFFICIENTS, LN2_HIGH
 STRIDE = 9973  # a prime, so that all exponents and all low bits are met: 430,666 inputs
 TOTAL = -(-(2**32) // STRIDE)
 FUNCTIONS = {"exp2": fast_exp2, "exp": fast_exp}
+LARGEST = {"exp2": 0.87, "exp": 0.99}  # over all inputs: benchmarks/results/exp_ulp.json
 
 
 def floats(first: int = 0, count: int = TOTAL, stride: int = STRIDE) -> Tensor:
@@ -28,7 +29,7 @@ def test_reference_and_cpu_kernel_are_within_a_unit_over_all_exponents(function)
         exp_errors(function, 0, TOTAL, stride=STRIDE, values=values),
     ):
         assert errors.inputs == TOTAL
-        assert 0.5 < errors.largest < 0.89  # a half is the least for rounded numbers; 0.886 is the maximum over all
+        assert 0.5 < errors.largest < LARGEST[function]  # a half is the least for rounded numbers
         assert errors.at_least_one == 0
 
 
@@ -83,14 +84,14 @@ def test_overflow_and_subnormal_results():
     below, above = torch.tensor([88.72283, 88.72284]).double().tolist()  # around log(max)
     assert fast_exp(torch.tensor([below, above])).tolist() == [pytest.approx(math.exp(below), rel=2**-23), math.inf]
     x = torch.linspace(-150.0, -126.0, 4001)
-    assert ((fast_exp2(x).double() - 2 ** x.double()).abs() <= 0.89 * 2.0**-149).all()
+    assert ((fast_exp2(x).double() - 2 ** x.double()).abs() <= 0.87 * 2.0**-149).all()
 
 
 def test_coefficients_are_float32_numbers():
     for c in (*EXP2_COEFFICIENTS, *EXP_COEFFICIENTS, LN2_HIGH, LN2_LOW):
         assert torch.tensor(c).item() == c
     assert abs(LN2_HIGH + LN2_LOW - math.log(2)) < 2**-36
-    assert EXP2_COEFFICIENTS[0] == pytest.approx(math.log(2), rel=1e-7)
+    assert EXP2_COEFFICIENTS[-1] == pytest.approx(math.log(2), rel=1e-7)  # the derivative at 0
 
 
 @pytest.mark.parametrize(("function", "factor"), [("exp2", math.log(2)), ("exp", 1.0)])

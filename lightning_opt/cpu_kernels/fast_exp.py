@@ -18,7 +18,7 @@ _LN2_HIGH, _LN2_LOW = np.float32(-LN2_HIGH), np.float32(-LN2_LOW)
 _EXP2_LOW, _EXP2_HIGH = map(np.float32, EXP2_RANGE)
 _EXP_LOW, _EXP_HIGH = map(np.float32, EXP_RANGE)
 _A1, _A2, _A3, _A4, _A5, _A6 = map(np.float32, EXP2_COEFFICIENTS)
-_B1, _B2, _B3, _B4, _B5, _B6, _B7 = map(np.float32, EXP_COEFFICIENTS)
+_B1, _B2, _B3, _B4 = map(np.float32, EXP_COEFFICIENTS)
 
 
 @intrinsic
@@ -40,8 +40,10 @@ def fast_exp2(x):
     x = _EXP2_HIGH if x > _EXP2_HIGH else x
     shifted = np.float32(x + _TO_INTEGER)
     r = np.float32(x - np.float32(shifted - _TO_INTEGER))
-    q = fma(fma(fma(fma(_A6, r, _A5), r, _A4), r, _A3), r, _A2)
-    return _scale(_ONE + fma(_A1, r, r * r * q), shifted)
+    t = fma(r, _A1, _A2)
+    t = fma(t, t, _A3)
+    t = fma(t, fma(t, r, _A4), _A5)
+    return _scale(fma(fma(t, r, _A6), r, _ONE), shifted)
 
 
 @register_jitable
@@ -52,8 +54,10 @@ def fast_exp(x):
     shifted = fma(x, _LOG2E, _TO_INTEGER)
     n = np.float32(shifted - _TO_INTEGER)
     r = fma(n, _LN2_LOW, fma(n, _LN2_HIGH, x))
-    p = fma(fma(fma(fma(fma(_B7, r, _B6), r, _B5), r, _B4), r, _B3), r, _B2)
-    return _scale(fma(fma(p, r, _B1), r, _ONE), shifted)
+    t = fma(r, _B1, _B2)
+    t = fma(t, t, _B3)
+    t = t * fma(r, _B4, t)
+    return _scale(fma(fma(t, r, _ONE), r, _ONE), shifted)
 
 
 @register_jitable
