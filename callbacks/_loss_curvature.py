@@ -95,11 +95,7 @@ def module_probe(
 
     That is the training loss with batch statistics in normalization layers and without dropout, in float32 or wider.
     """
-    with contextlib.ExitStack() as stack:
-        loss = stack.enter_context(probing(trainer, pl_module, loss_fn, batch_idx))
-        stack.enter_context(probe_mode(pl_module))
-        if any(isinstance(m, nn.RNNBase) for m in pl_module.modules()):
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))  # its layers differentiate once only
+    with probing(trainer, pl_module, loss_fn, batch_idx) as loss, probe_mode(pl_module):
         yield loss
 
 

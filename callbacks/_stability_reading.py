@@ -24,14 +24,7 @@ from lightning_opt.curvature import (
     lanczos,
     stability,
 )
-from lightning_opt.curvature._trace_by_parameter import (
-    Quadratic,
-    Trace,
-    from_labels,
-    from_outputs,
-    from_signs,
-    log_partition,
-)
+from lightning_opt.curvature._trace_by_parameter import Trace, estimates, output_loss
 
 from ._learning_rate import largest_lr
 from ._loss_curvature import Products, module_probe, reduction
@@ -119,15 +112,14 @@ def read_stability(
             return None
         ritz = lanczos(operator, settings.lambda_max_steps, generator=generator)
         shares = [1 / len(window)] * len(window)
-        if settings.trace == "hutchinson":
-            parts = from_signs(operator, settings.num_probes, generator)
-        elif settings.trace == "fisher_mc":
-            assert forward is not None
+        if settings.trace == "fisher_mc":  # each rank draws labels of its own samples
             generator.manual_seed(settings.seed + trainer.global_step + trainer.global_rank * 2**32)
-            parts = _averaged(trainer, from_labels(operator, forward, window, shares, settings.num_probes, generator))
-        else:
-            assert forward is not None
-            parts = _averaged(trainer, settings.mse_factor * from_outputs(operator, forward, window, shares))
+        parts = estimates(
+            settings.trace, operator, forward, window, shares,
+            num_probes=settings.num_probes, mse_factor=settings.mse_factor, generator=generator,
+        )  # fmt: skip
+        if settings.trace != "hutchinson":
+            parts = _averaged(trainer, parts)
         names = _names(pl_module, operator)
     samples = parts.sum(dim=1)
     stderr = 0.0 if settings.trace == "exact_mse" else samples.std().item() / math.sqrt(len(samples))
@@ -164,12 +156,10 @@ def _curvature(
             yield HessianOperator(loss, parameters, window, method=settings.products, reduce=reduce), None
             return
         forward = functools.partial(settings.forward_fn or _call_on_inputs, pl_module)
-        # any loss with the same curvature in the outputs, so targets are not needed
-        of_outputs = log_partition if settings.trace == "fisher_mc" else Quadratic(settings.mse_factor)
         yield (
             GGNOperator(
                 lambda batch: (forward(batch), None),
-                of_outputs,
+                output_loss(settings.trace, settings.mse_factor),
                 parameters,
                 window,
                 method=settings.products,

@@ -14,6 +14,42 @@ Trace = Literal["hutchinson", "fisher_mc", "exact_mse"]
 Forward = Callable[[Any], Tensor]
 
 
+def output_loss(trace: Trace, mse_factor: float) -> Callable[[Tensor, Any], Tensor]:
+    """A loss whose curvature in the outputs is that of ``"fisher_mc"`` or ``"exact_mse"``, and needs no targets."""
+    return log_partition if trace == "fisher_mc" else Quadratic(mse_factor)
+
+
+def estimates(
+    trace: Trace,
+    operator: CurvatureOperator,
+    forward: Forward | None,
+    batches: Sequence[Any],
+    shares: Sequence[float],
+    *,
+    num_probes: int,
+    mse_factor: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """Estimates of the trace by parameter ``[probes, parameters]``, one of them where it is exact.
+
+    Args:
+        trace: How.
+        operator: The Hessian for ``"hutchinson"``, else the Gauss-Newton matrix of :func:`output_loss`.
+        forward: The outputs ``[samples, outputs]`` of a batch; not for ``"hutchinson"``.
+        batches: The data.
+        shares: What each batch weighs; they sum to 1.
+        num_probes: Of the two that draw.
+        mse_factor: Of ``"exact_mse"``.
+        generator: On the CPU.
+    """
+    if trace == "hutchinson":
+        return from_signs(operator, num_probes, generator)
+    assert forward is not None
+    if trace == "fisher_mc":
+        return from_labels(operator, forward, batches, shares, num_probes, generator)
+    return mse_factor * from_outputs(operator, forward, batches, shares)
+
+
 def log_partition(outputs: Tensor, _: Any) -> Tensor:
     """Cross-entropy without its linear part: its curvature in the outputs is that of cross-entropy."""
     return outputs.logsumexp(dim=1).mean()

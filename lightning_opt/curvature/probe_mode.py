@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Literal
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -19,7 +20,7 @@ def probe_mode(
     All products of an operator belong inside. With ``"batch"``, normalization layers use the statistics of the batch,
     as in training, and the curvature is that of the training loss; it then couples the samples of a batch, so that
     micro-batches are not one batch, and gradients of single samples do not exist. With ``"running"`` they use their
-    running statistics, as in evaluation.
+    running statistics, as in evaluation. Recurrent layers run without cuDNN, whose differentiate once only.
 
     Args:
         module: Of any kind; its other layers are put into evaluation mode.
@@ -52,7 +53,9 @@ def probe_mode(
         if batch_norm == "batch":
             for m in norms:
                 m.track_running_stats = False  # the layers then neither read nor write their buffers
-        yield
+        recurrent = any(isinstance(m, nn.RNNBase) for m in modes)
+        with torch.backends.cudnn.flags(enabled=False) if recurrent else contextlib.nullcontext():
+            yield
     finally:
         for m, training in modes.items():
             m.training = training

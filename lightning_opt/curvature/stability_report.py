@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_opt._checks import check_choice, check_interval
 from lightning_opt._lightning.probe import loss_of, untouched
 
-from ._trace_by_parameter import Quadratic, Trace, from_labels, from_outputs, from_signs, log_partition
+from ._trace_by_parameter import Trace, estimates, output_loss
 from .ggn import GGNOperator
 from .hessian import HessianOperator
 from .lanczos import lanczos
@@ -150,31 +150,33 @@ def stability_report(
         with torch.no_grad():
             mean_loss = sum(share * loss(batch).item() for batch, share in zip(batches, shares, strict=True))
         operator: CurvatureOperator
-        if trace == "hutchinson":
+        forward = None if trace == "hutchinson" else _Outputs(module, forward_fn)
+        if forward is None:
             operator = HessianOperator(loss, parameters, batches, weights=counts)
-            parts = from_signs(operator, num_probes, generator)
         else:
-            forward = _Outputs(module, forward_fn)
-            of_outputs = log_partition if trace == "fisher_mc" else Quadratic(mse_factor)
             operator = GGNOperator(
-                lambda batch: (forward(batch), None), of_outputs, parameters, batches, weights=counts
+                lambda batch: (forward(batch), None),
+                output_loss(trace, mse_factor),
+                parameters,
+                batches,
+                weights=counts,
             )
-            if trace == "fisher_mc":
-                parts = from_labels(operator, forward, batches, shares, num_probes, generator)
-            else:
-                parts = mse_factor * from_outputs(operator, forward, batches, shares)
         ritz = lanczos(operator, lambda_max_steps, generator=generator)
-    estimates = parts.sum(dim=1)
+        parts = estimates(
+            trace, operator, forward, batches, shares,
+            num_probes=num_probes, mse_factor=mse_factor, generator=generator,
+        )  # fmt: skip
+    traces = parts.sum(dim=1)
     names = {id(p): name for name, p in module.named_parameters()}
     return StabilityReport(
         stability=stability(
-            estimates.mean().item(),
+            traces.mean().item(),
             ritz.ritz_values[-1].item(),
             lr=lr,
             batch_size=of_step,
             momentum=momentum,
             dataset_size=_dataset_size(loader, dataset_size),
-            trace_stderr=0.0 if trace == "exact_mse" else estimates.std().item() / math.sqrt(len(estimates)),
+            trace_stderr=0.0 if trace == "exact_mse" else traces.std().item() / math.sqrt(len(traces)),
         ),
         lambda_error=ritz.residuals[-1].item(),
         loss=mean_loss,

@@ -10,7 +10,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_opt.curvature import critical_lr, stability, stability_report
+from lightning_opt.curvature import NonFiniteCurvatureError, critical_lr, stability, stability_report
 
 
 def normal(*shape, seed=0):
@@ -87,6 +87,17 @@ def test_cross_entropy_of_a_linear_model():
     assert report.stability.lambda_max == pytest.approx(torch.linalg.eigvalsh(exact)[-1].item(), rel=1e-8)
     assert report.stability.trace_stderr < 0.05 * exact.trace()
     assert abs(report.stability.trace - exact.trace().item()) < 3 * report.stability.trace_stderr
+
+
+@pytest.mark.parametrize("trace", ["hutchinson", "fisher_mc"])
+def test_weights_that_are_no_numbers_are_named(trace):
+    net, x = linear(3, 2), normal(4, 3)
+    with torch.no_grad():
+        net.weight.fill_(torch.nan)
+    with pytest.raises(NonFiniteCurvatureError):
+        stability_report(
+            net, [(x, normal(4, 2))], 0.1, 1, trace=trace, loss_fn=lambda n, b: n(b[0]).logsumexp(1).mean()
+        )
 
 
 def test_a_network_beside_its_dense_hessian(thousand, matrix):
