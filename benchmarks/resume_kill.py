@@ -7,7 +7,7 @@ checkpoint is written. ``--ckpt_path=last`` resumes it to its end. Equal means b
 - parameters, optimizer state, schedulers, random state of every rank and what a strategy adds in the last checkpoint;
 - every logged value of the killed and the resumed run together, test results included: none missing, none different.
 
-With ``--ranks 2`` there is one process a rank, as torchrun starts them. Trials then kill all ranks, rank 0 alone and the
+With ``--ranks 2`` there is one process a rank, as torchrun starts them. Trials kill all ranks, rank 0 alone and the
 last rank alone in turn; those that are left must end by themselves, with an error, in ``--timeout`` seconds.
 
     python benchmarks/resume_kill.py                      # 10 trials of the quickstart, about 5 minutes on 2 cores

@@ -1,4 +1,4 @@
-"""One rank is killed with SIGKILL: the other ends by itself with a clear error, and the last checkpoint resumes exactly.
+"""A rank is killed with SIGKILL: the other ends by itself with a clear error, and the last checkpoint resumes exactly.
 
 ``benchmarks/resume_kill.py --ranks 2`` does the same to whole recipes, at random steps.
 """
