@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 
@@ -53,9 +54,12 @@ class Host(NamedTuple):
     def bytes_sent(self) -> int:
         """By the interface since it is there, headers included."""
         command = [*self.prefix, "cat", "/proc/net/dev"]
-        lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-        (line,) = (line for line in lines if line.strip().startswith(f"{self.interface}:"))
-        return int(line.partition(":")[2].split()[8])
+        return _bytes_sent(subprocess.run(command, check=True, capture_output=True, text=True).stdout, self.interface)
+
+
+def interface_bytes() -> int:
+    """What the interface of the host that this process runs on has sent."""
+    return _bytes_sent(Path("/proc/net/dev").read_text(), os.environ["GLOO_SOCKET_IFNAME"])
 
 
 def why_no_namespaces() -> str | None:
@@ -129,6 +133,11 @@ def end(processes: list[Any], seconds: float, patience: float = 15) -> list[int 
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     return [process.returncode for process in processes]
+
+
+def _bytes_sent(table: str, interface: str) -> int:
+    (line,) = (line for line in table.splitlines() if line.strip().startswith(f"{interface}:"))
+    return int(line.partition(":")[2].split()[8])
 
 
 def _limit(name: str, interface: str, mbit: float) -> None:
