@@ -84,3 +84,12 @@ def ef14(gradient: Gradient, x: np.ndarray, n: int, k: int, lr: float, steps: in
         x = x - lr * mean
         path.append(x)
     return np.array(path)
+
+
+def naive(gradient: Gradient, x: np.ndarray, n: int, k: int, lr: float, steps: int) -> np.ndarray:
+    """Compression and nothing else."""
+    path = [x]
+    for _ in range(steps):
+        x = x - lr * np.mean([top_k(gradient(i, x), k) for i in range(n)], axis=0)
+        path.append(x)
+    return np.array(path)
