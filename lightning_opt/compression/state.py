@@ -150,7 +150,7 @@ class CompressionState:
         self.process_group: Any = None
         self.loss_scale: Callable[[], Tensor] | None = None
         self.measure = False
-        self._norms: list[Tensor] = []
+        self._norms: dict[str, Tensor] = {}
         self._bytes = [0, 0]  # of the step under way: sent, and what dense gradients would take
         self._bytes_per_step = (0, 0)
         self._lock = threading.Lock()  # messages of several buckets may arrive at once, each in a thread
@@ -317,7 +317,7 @@ class CompressionState:
             error = torch.zeros_like(gradient) if memory.error is None else memory.error.to(gradient.dtype)
             norms = torch.stack([torch.linalg.vector_norm(x) for x in (gradient, gap, error)])
             with self._lock:
-                self._norms.append(norms)
+                self._norms[name] = norms
 
     def skip(self, finite: Tensor) -> None:
         """Count a bucket, unless it is finite."""
@@ -338,9 +338,11 @@ class CompressionState:
         if sent:
             values["comm/compression_x"] = torch.tensor(dense / sent)
         with self._lock:
-            norms, self._norms = self._norms, []
+            norms, self._norms = self._norms, {}
         if norms:
-            gradient, gap, error = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+            # in the order of the names, which does not change: buckets come in another order after a resume
+            rows = torch.stack([norms[name] for name in sorted(norms)])
+            gradient, gap, error = torch.linalg.vector_norm(rows, dim=0)
             if self.method.estimate:
                 values["comm/estimate_gap"] = gap / gradient
             if self.method.error:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -38,6 +38,8 @@ class CompressedDDPStrategy(DDPStrategy):
         on_world_size_change: What to do with a checkpoint of another number of ranks.
         kwargs: Those of Lightning's DDPStrategy and of DistributedDataParallel.
     """
+
+    log_prefix: ClassVar[str] = "comm"
 
     def __init__(
         self,
