@@ -1,0 +1,1 @@
+from .cbo import CBOStrategy as CBOStrategy

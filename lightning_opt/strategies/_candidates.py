@@ -8,12 +8,14 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_opt._lightning.probe import loss_of, untouched
 
 Vectorize = Literal["auto", "always", "never"]
-CACHE = 2**20  # bytes of intermediate results that a chunk of candidates may have on a CPU, about one core's cache
-DEVICE = 2**30  # the same on an accelerator
+# bytes of intermediate results that a chunk of candidates may have: on a CPU about its last cache
+CHUNK_BYTES = {"cpu": 2**25}
+CHUNK_BYTES_ELSEWHERE = 2**30
 
 
 class FlatParameters:
@@ -98,6 +100,11 @@ class CandidateLoss:
         if len(points) == 0:
             return torch.empty(0, dtype=torch.promote_types(points.dtype, torch.float32), device=points.device)
         points = points.to(self._flat.device, self._flat.dtype)
+        if self._chunk is None and self._vectorize != "never":
+            with _CountBytes() as results:
+                self._losses(None, batch, batch_idx)
+            limit = CHUNK_BYTES.get(self._flat.device.type, CHUNK_BYTES_ELSEWHERE)
+            self._chunk = max(1, limit // max(results.bytes, 1))
         if self._vectorize == "auto":
             self._vectorize = self._try(points, batch, batch_idx)
         losses = self._at_once if self._vectorize == "always" else self._one_by_one
@@ -139,8 +146,8 @@ class CandidateLoss:
         return torch.stack(losses)
 
     def _at_once(self, points: Tensor, batch: Any, batch_idx: int) -> Tensor:
-        chunk = self._chunk or len(points)
-        return torch.cat([self._losses(some, batch, batch_idx) for some in points.split(chunk)])
+        assert self._chunk is not None
+        return torch.cat([self._losses(some, batch, batch_idx) for some in points.split(self._chunk)])
 
     def _losses(self, points: Tensor | None, batch: Any, batch_idx: int) -> Tensor:
         """The losses of points at once, or that of the module as it is."""
@@ -171,6 +178,19 @@ class _Called(nn.Module):
 
     def forward(self, batch: Any) -> Tensor:
         return self.function(batch)
+
+
+class _CountBytes(TorchDispatchMode):
+    """Adds up the bytes of the tensors that operations make, without views."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            made = [x for x in (result if isinstance(result, tuple | list) else [result]) if isinstance(x, Tensor)]
+            self.bytes += sum(tensor.nbytes for tensor in made)
+        return result
 
 
 def _wide(losses: Tensor) -> Tensor:
