@@ -113,21 +113,35 @@ class CandidateLoss:
     def _try(self, points: Tensor, batch: Any, batch_idx: int) -> Vectorize:
         """Whether candidates can be evaluated at once, with the losses that they have one by one."""
         few = points[:2]
-        one_by_one = self._one_by_one(few, batch, batch_idx)
         try:
-            at_once = self._at_once(few, batch, batch_idx)
+            reason = self._difference(few, batch, batch_idx)
+            if reason and self._draws(batch, batch_idx):  # vmap draws other random numbers than a loop
+                with untouched(self._module, self._flat.device):
+                    self._module.eval()
+                    reason = self._difference(few, batch, batch_idx)
         except Exception as error:  # whatever vmap cannot do
             reason = str(error).partition("\n")[0]
-        else:
-            tolerance = 100 * torch.finfo(self._compute_dtype()).eps
-            if torch.allclose(at_once, one_by_one, rtol=tolerance, atol=tolerance, equal_nan=True):
-                return "always"
-            reason = f"the losses differ, {at_once.tolist()} and {one_by_one.tolist()}"
+        if not reason:
+            return "always"
         rank_zero_info(
             f"{type(self._strategy).__name__}: {type(self._module).__name__} is evaluated at one candidate after the"
             f" other, since torch.func.vmap cannot evaluate it at several: {reason}"
         )
         return "never"
+
+    def _difference(self, points: Tensor, batch: Any, batch_idx: int) -> str:
+        at_once, one_by_one = (losses(points, batch, batch_idx) for losses in (self._at_once, self._one_by_one))
+        tolerance = 100 * torch.finfo(self._compute_dtype()).eps
+        equal = torch.allclose(at_once, one_by_one, rtol=tolerance, atol=tolerance, equal_nan=True)
+        return "" if equal else f"the losses differ, {at_once.tolist()} and {one_by_one.tolist()}"
+
+    def _draws(self, batch: Any, batch_idx: int) -> bool:
+        device = self._flat.device
+        generators = torch if device.type == "cpu" else torch.get_device_module(device)
+        with untouched(self._module, device), torch.no_grad():
+            before = generators.get_rng_state()
+            loss_of(self._module, batch_idx=batch_idx)(batch)
+            return not torch.equal(before, generators.get_rng_state())
 
     def _compute_dtype(self) -> torch.dtype:
         with self._strategy.precision_plugin.train_step_context():
