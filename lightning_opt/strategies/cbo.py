@@ -75,7 +75,7 @@ class CBOStrategy(GradientFreeStrategy):
 
     Cost:
         A step is N + 1 forward passes, over all ranks, and no backward pass. N vectors as large as the model, over all
-        ranks; with hopping none. Bytes a move: 8 a particle, and 4 a parameter with particles.
+        ranks; with hopping none. Bytes a move: 8 a particle, and with particles 8 a parameter.
 
     Example:
         >>> import lightning.pytorch as pl
