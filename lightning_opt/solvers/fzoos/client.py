@@ -1,0 +1,275 @@
+"""One client of FZooS: its queries, its surrogate, and its part of a round."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .adam import Adam
+from .box import Box
+from .evaluate import evaluate
+from .gaussian_process import GaussianProcess
+from .random_features import RandomFeatures
+from .settings import FZooSSettings
+
+Objective = Callable[[Tensor], float | Tensor]
+
+_REPEATS = 5  # evaluations that noise="auto" measures the noise with
+_LENGTHSCALES = tuple(2.0**k for k in range(-3, 5))  # times the first one, for lengthscale="fit"
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What one step did.
+
+    Attributes:
+        value: The objective at the client's new point.
+        gradient_uncertainty: Of the surrogate at the point that the step started from; NaN where none was used.
+        correction_norm: The norm of what the clients' surrogates added to the gradient.
+        moved: Whether the point moved; it does not while the noise is measured.
+    """
+
+    value: float
+    gradient_uncertainty: float = math.nan
+    correction_norm: float = 0.0
+    moved: bool = True
+
+
+class Client:
+    """One client's half of Algorithm 1 of arXiv:2308.04077; a server is the mean over clients of two messages a round.
+
+    ``step`` until ``round_is_over``, then, with ``mean`` over all clients:
+
+        new = mean(client.point_message())
+        weights = mean(client.weights_message(new, objective))
+        client.end_round(weights)
+
+    Points are in the coordinates of the box, except for the objective: a function from a point ``[d]`` in the user's
+    coordinates to a finite number.
+
+    Args:
+        x0: Start ``[d]`` in the coordinates of the box, the same for all clients.
+        settings: The same for all clients.
+        index: The number of this client: it draws other candidates than the others.
+        box: To stay in.
+        name: What an error calls it; default ``client <index>``.
+
+    Attributes:
+        x: Where the client is, float64 ``[d]``.
+        queries: Evaluations so far.
+        num_bytes: Bytes of the messages sent and received so far.
+        rounds: Rounds that have ended.
+        objective: The mean of all clients' values at the server's last point; NaN before the first round has ended.
+
+    Cost:
+        A step takes ``1 + active`` evaluations, a round's last step 1, its end ``1 + sync_active``; a step besides
+        O(max_local^2 (max_local + active_pool * d)) operations. Memory: 8 (d + 1) bytes a query.
+    """
+
+    def __init__(self, x0: Tensor, settings: FZooSSettings, index: int, box: Box, name: str = "") -> None:
+        self.settings = settings
+        self.index = index
+        self.box = box
+        self.name = name or f"client {index}"
+        self.x = x0.detach().to(torch.float64).clone()
+        dim = len(self.x)
+        self.points = torch.zeros(0, dim, dtype=torch.float64)
+        self.values = torch.zeros(0, dtype=torch.float64)
+        self.queries = self.num_bytes = self.rounds = 0
+        self.objective = math.nan
+        self.noise_variance = 0.0  # measured, in the units of the objective
+        self.features = RandomFeatures(
+            dim, settings.n_features, lengthscale=settings.first_lengthscale(dim), seed=_mixed(settings.seed, 0)
+        )
+        self.generator = torch.Generator().manual_seed(_mixed(settings.seed, 1 + index))
+        self._first_value = math.nan
+        self._own_weights = self._mean_weights = torch.zeros(0, dtype=torch.float64)  # [M] after the first round
+        self._begin_round()
+
+    @property
+    def measures_noise(self) -> bool:
+        """Whether the next step evaluates the start once more and does not move."""
+        return self.settings.noise == "auto" and self.rounds == self._t == 0 and self.queries < _REPEATS
+
+    @property
+    def round_is_over(self) -> bool:
+        """Whether the messages are due."""
+        return self._t == self.settings.local_steps
+
+    def step(self, objective: Objective) -> Step:
+        """Move once and evaluate there and near by (lines 3 to 6).
+
+        Raises:
+            NonFiniteObjectiveError: If a value is NaN or infinite.
+        """
+        if self.measures_noise:
+            value = self._query(self.x[None], objective)
+            if self.queries == _REPEATS:
+                self.noise_variance = float(self.values.var())
+            return Step(value, moved=False)
+        if self.rounds == self._t == 0:
+            self._begin(objective)
+        self._t += 1
+        surrogate = self._surrogate()
+        gradient, correction = surrogate.gradient(self.x), torch.zeros_like(self.x)
+        if len(self._mean_weights):  # equation 6, with gamma / t for the optimal length
+            correction = self.features.gradient(self.x, self._mean_weights - self._own_weights)
+            correction *= self.settings.gamma / self._t
+        step = Step(
+            gradient_uncertainty=float(surrogate.gradient_uncertainty(self.x[None])),
+            correction_norm=float(correction.norm()),
+            value=0.0,
+        )
+        self.x = self.box.clip(self.x - self._adam.step(gradient + correction))
+        value = self._query(self.x[None], objective)
+        if not self.round_is_over:  # what is queried near the last point, the server moves away from
+            self._query_unsure(self.settings.active, self.settings.active_pool, self.settings.radius, objective)
+        return dataclasses.replace(step, value=value)
+
+    def point_message(self) -> Tensor:
+        """What the server averages first: the point, and after the first round what only that one needs."""
+        return torch.cat([self.x, *self._first_round_extras()])
+
+    def weights_message(self, mean: Tensor, objective: Objective) -> Tensor:
+        """Move to the server's point, evaluate there and near by; what the server averages next (lines 8 to 11).
+
+        Args:
+            mean: Of the clients' :meth:`point_message`.
+            objective: As for :meth:`step`.
+
+        Returns:
+            The weights of the random features and the value at the server's point, ``[M + 1]``.
+        """
+        self.num_bytes += 2 * 8 * len(mean)
+        new, extras = mean[: len(self.x)], mean[len(self.x) :]
+        if len(extras):
+            self.objective = float(extras[0])
+            if self.settings.lengthscale == "fit":
+                self.features.lengthscale *= _LENGTHSCALES[int(extras[1:].argmax())]
+        moved = float((new - self.x).abs().mean())
+        self.x = new.clone()
+        value = self._query(self.x[None], objective)
+        radius = moved / 2 or self.settings.radius  # one client stays where it is
+        self._query_unsure(self.settings.sync_active, self.settings.sync_pool, radius, objective)
+        self._own_weights = self.features.fit(
+            *self._nearest(self.settings.max_global), noise=self._noise(), least_variance=self.noise_variance
+        )
+        return torch.cat([self._own_weights, torch.tensor([value], dtype=torch.float64)])
+
+    def end_round(self, mean: Tensor) -> None:
+        """Take the server's weights, and begin the next round (line 12).
+
+        Args:
+            mean: Of the clients' :meth:`weights_message`.
+        """
+        self.num_bytes += 2 * 8 * len(mean)
+        self._mean_weights, objective = mean[:-1].clone(), float(mean[-1])
+        if self.settings.keep_best and objective >= self.objective:
+            self.x = self._round_start
+        else:
+            self.objective = objective
+        self.rounds += 1
+        self._begin_round()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next steps depend on besides arguments: tensors and builtins."""
+        state = {name: getattr(self, name) for name in _STATE}
+        return {
+            **state,
+            "lengthscale": self.features.lengthscale,
+            "generator": self.generator.get_state(),
+            "moments": [self._adam.first, self._adam.second],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state; the arguments must be the same."""
+        for name in _STATE:
+            value = state[name]
+            setattr(self, name, value.clone() if isinstance(value, Tensor) else value)
+        self.features.lengthscale = state["lengthscale"]
+        self.generator.set_state(state["generator"])
+        self._adam.first, self._adam.second = (moment.clone() for moment in state["moments"])
+        self._adam.steps = self._t
+
+    def _begin_round(self) -> None:
+        self._t = 0
+        self._round_start = self.x
+        self._adam = Adam(self.settings.lr, self.x)
+
+    def _begin(self, objective: Objective) -> None:
+        if not self.queries:
+            self._query(self.x[None], objective)
+        self._first_value = float(self.values.mean())
+        self._query(self._candidates(self.settings.init, self.settings.radius), objective)
+
+    def _query(self, points: Tensor, objective: Objective) -> float:
+        """Evaluate points ``[m, d]``, remember them all, and return the first value."""
+        values = [evaluate(objective, self.box.from_unit(point), self.name) for point in points]
+        self.points = torch.cat([self.points, points])
+        self.values = torch.cat([self.values, torch.tensor(values, dtype=torch.float64)])
+        self.queries += len(values)
+        return values[0] if values else math.nan
+
+    def _query_unsure(self, count: int, pool: int, radius: float, objective: Objective) -> None:
+        """Evaluate those of a random pool where the gradient of the surrogate is least sure."""
+        if count:
+            candidates = self._candidates(pool, radius)
+            uncertainty = self._surrogate().gradient_uncertainty(candidates)
+            self._query(candidates[uncertainty.argsort(descending=True, stable=True)[:count]], objective)
+
+    def _candidates(self, count: int, radius: float) -> Tensor:
+        """Random points ``[count, d]`` of the box around the point."""
+        offsets = 2 * torch.rand(count, len(self.x), generator=self.generator, dtype=torch.float64) - 1
+        return self.box.clip(self.x + radius * offsets)
+
+    def _surrogate(self, lengthscale: float | None = None) -> GaussianProcess:
+        return GaussianProcess(
+            *self._nearest(self.settings.max_local),
+            lengthscale=lengthscale or self.features.lengthscale,
+            noise=self._noise(),
+            least_variance=self.noise_variance,
+        )
+
+    def _nearest(self, count: int) -> tuple[Tensor, Tensor]:
+        """The nearest queries, as many as there are or fewer."""
+        nearest = (self.points - self.x).square().sum(1).argsort(stable=True)[:count]
+        return self.points[nearest], self.values[nearest]
+
+    def _noise(self) -> float:
+        return 1e-6 if isinstance(self.settings.noise, str) else float(self.settings.noise)
+
+    def _first_round_extras(self) -> list[Tensor]:
+        """The value at the start and, to choose a lengthscale, the likelihood of each; nothing after later rounds."""
+        if self.rounds:
+            return []
+        extras = [self._first_value]
+        if self.settings.lengthscale == "fit":
+            for factor in _LENGTHSCALES:
+                extras.append(self._surrogate(factor * self.features.lengthscale).log_marginal_likelihood())
+        return [torch.tensor(extras, dtype=torch.float64)]
+
+
+_STATE = (
+    "x",
+    "points",
+    "values",
+    "queries",
+    "num_bytes",
+    "rounds",
+    "objective",
+    "noise_variance",
+    "_first_value",
+    "_own_weights",
+    "_mean_weights",
+    "_t",
+    "_round_start",
+)
+
+
+def _mixed(*key: int) -> int:
+    """A seed of 63 bits from several numbers, without the overlaps of adding them."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
