@@ -1,0 +1,1 @@
+from .fzoos import FZooSStrategy as FZooSStrategy

@@ -12,7 +12,7 @@ from lightning_opt._checks import check_choice, check_interval
 
 from .adam import Adam
 from .box import Bounds, Box
-from .evaluate import evaluate
+from .evaluate import Objective, finite, one_by_one
 from .fzoos import check_fits
 from .result import MinimizeResult
 
@@ -61,7 +61,7 @@ def fedzo_minimize(
         ``local_steps * (directions + 1)`` evaluations of a client a round, and d numbers sent and received (2 d with
         ``"scaffold"``).
 
-    Source: Fang et al. (2022), arXiv:2201.09531; corrections and constants as in section 6 of arXiv:2308.04077.
+    Source: Fang et al. (2022), arXiv:2201.09531; corrections and constants as in the experiments of arXiv:2308.04077.
 
     Example:
         >>> fns = [lambda x, c=c: ((x - c) ** 2).sum() for c in (0.3, 0.5)]
@@ -88,7 +88,7 @@ def fedzo_minimize(
         for k, fn in enumerate(fns):
             x, adam, total = server, Adam(lr, server), torch.zeros_like(server)
             for t in range(local_steps):
-                value, gradient = _difference(fn, k, x, directions, mu, box, generators[k])
+                value, gradient = _difference(one_by_one(fn), k, x, directions, mu, box, generators[k])
                 if t == 0:
                     starts.append(value)
                 total += gradient
@@ -115,7 +115,7 @@ def fedzo_minimize(
 
 
 def _difference(
-    fn: Callable[[Tensor], float | Tensor],
+    objective: Objective,
     client: int,
     x: Tensor,
     count: int,
@@ -126,6 +126,5 @@ def _difference(
     """The value at x, and a gradient from forward differences along random orthonormal directions."""
     directions = torch.linalg.qr(torch.randn(len(x), count, generator=generator, dtype=torch.float64)).Q.T
     points = torch.cat([x[None], box.clip(x + mu * directions)])
-    values = [evaluate(fn, box.from_unit(point), f"client {client}") for point in points]
-    differences = torch.tensor(values[1:], dtype=torch.float64) - values[0]
-    return values[0], differences / (count * mu) @ directions
+    values = finite(objective(box.from_unit(points)), f"client {client}")
+    return float(values[0]), (values[1:] - values[0]) / (count * mu) @ directions

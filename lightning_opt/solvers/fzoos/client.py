@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,45 +10,39 @@ from torch import Tensor
 
 from .adam import Adam
 from .box import Box
-from .evaluate import evaluate
+from .evaluate import Objective, finite
 from .gaussian_process import GaussianProcess
 from .random_features import RandomFeatures
 from .settings import FZooSSettings
-
-Objective = Callable[[Tensor], float | Tensor]
 
 _REPEATS = 5  # evaluations that noise="auto" measures the noise with
 _LENGTHSCALES = tuple(2.0**k for k in range(-3, 5))  # times the first one, for lengthscale="fit"
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
-    """What one step did.
+class Move:
+    """What made a client move.
 
     Attributes:
-        value: The objective at the client's new point.
-        gradient_uncertainty: Of the surrogate at the point that the step started from; NaN where none was used.
-        correction_norm: The norm of what the clients' surrogates added to the gradient.
-        moved: Whether the point moved; it does not while the noise is measured.
+        gradient_uncertainty: Of the surrogate, where it moved from.
+        correction_norm: The norm of what the clients' mean surrogate added to the gradient.
     """
 
-    value: float
-    gradient_uncertainty: float = math.nan
-    correction_norm: float = 0.0
-    moved: bool = True
+    gradient_uncertainty: float
+    correction_norm: float
 
 
 class Client:
-    """One client's half of Algorithm 1 of arXiv:2308.04077; a server is the mean over clients of two messages a round.
+    """One client's half of FZooS (arXiv:2308.04077); the server's is the mean over clients of two messages a round.
 
-    ``step`` until ``round_is_over``, then, with ``mean`` over all clients:
+    :meth:`step` until ``round_is_over``, then, with ``mean`` over all clients:
 
         new = mean(client.point_message())
         weights = mean(client.weights_message(new, objective))
         client.end_round(weights)
 
-    Points are in the coordinates of the box, except for the objective: a function from a point ``[d]`` in the user's
-    coordinates to a finite number.
+    Points are in the coordinates of the box, except for the objective: it takes several in the user's coordinates,
+    ``[m, d]``, and returns their values ``[m]``, finite numbers.
 
     Args:
         x0: Start ``[d]`` in the coordinates of the box, the same for all clients.
@@ -100,42 +93,59 @@ class Client:
         """Whether the messages are due."""
         return self._t == self.settings.local_steps
 
-    def step(self, objective: Objective) -> Step:
-        """Move once and evaluate there and near by (lines 3 to 6).
+    def step(self, objective: Objective) -> None:
+        """Move once, and evaluate there and near by; or evaluate where it is, while the noise is measured.
 
         Raises:
             NonFiniteObjectiveError: If a value is NaN or infinite.
         """
+        if self.begin(objective):
+            self.move()
+        self.look(objective)
+
+    def begin(self, objective: Objective) -> bool:
+        """Evaluate the start and points near by before the first move; returns whether it is time to move."""
         if self.measures_noise:
-            value = self._query(self.x[None], objective)
-            if self.queries == _REPEATS:
-                self.noise_variance = float(self.values.var())
-            return Step(value, moved=False)
+            return False
         if self.rounds == self._t == 0:
-            self._begin(objective)
+            if not self.queries:
+                self._query(self.x[None], objective)
+            self._first_value = float(self.values.mean())
+            self._query(self._candidates(self.settings.init, self.settings.radius), objective)
+        return True
+
+    def move(self) -> Move:
+        """Take one step along the surrogates' gradient; costs no evaluation."""
         self._t += 1
         surrogate = self._surrogate()
         gradient, correction = surrogate.gradient(self.x), torch.zeros_like(self.x)
-        if len(self._mean_weights):  # equation 6, with gamma / t for the optimal length
+        if len(self._mean_weights):
             correction = self.features.gradient(self.x, self._mean_weights - self._own_weights)
             correction *= self.settings.gamma / self._t
-        step = Step(
-            gradient_uncertainty=float(surrogate.gradient_uncertainty(self.x[None])),
-            correction_norm=float(correction.norm()),
-            value=0.0,
-        )
+        uncertainty = float(surrogate.gradient_uncertainty(self.x[None]))
         self.x = self.box.clip(self.x - self._adam.step(gradient + correction))
-        value = self._query(self.x[None], objective)
-        if not self.round_is_over:  # what is queried near the last point, the server moves away from
+        return Move(uncertainty, float(correction.norm()))
+
+    def look(self, objective: Objective, value: Tensor | None = None) -> None:
+        """Evaluate where it is and, except in a round's last step, near by where the gradient is unsure.
+
+        Args:
+            objective: As above.
+            value: Of the objective where it is, 0-dim, if that is known; it is counted as an evaluation.
+        """
+        measures = self.measures_noise
+        self._query(self.x[None], objective if value is None else lambda _: value.reshape(1))
+        if measures:
+            self.noise_variance = float(self.values.var()) if self.queries == _REPEATS else 0.0
+        elif not self.round_is_over:  # from the last point the server moves away
             self._query_unsure(self.settings.active, self.settings.active_pool, self.settings.radius, objective)
-        return dataclasses.replace(step, value=value)
 
     def point_message(self) -> Tensor:
         """What the server averages first: the point, and after the first round what only that one needs."""
         return torch.cat([self.x, *self._first_round_extras()])
 
     def weights_message(self, mean: Tensor, objective: Objective) -> Tensor:
-        """Move to the server's point, evaluate there and near by; what the server averages next (lines 8 to 11).
+        """Move to the server's point, evaluate there and near by; what the server averages next.
 
         Args:
             mean: Of the clients' :meth:`point_message`.
@@ -158,10 +168,10 @@ class Client:
         self._own_weights = self.features.fit(
             *self._nearest(self.settings.max_global), noise=self._noise(), least_variance=self.noise_variance
         )
-        return torch.cat([self._own_weights, torch.tensor([value], dtype=torch.float64)])
+        return torch.cat([self._own_weights, value])
 
     def end_round(self, mean: Tensor) -> None:
-        """Take the server's weights, and begin the next round (line 12).
+        """Take the server's weights, and begin the next round.
 
         Args:
             mean: Of the clients' :meth:`weights_message`.
@@ -189,10 +199,10 @@ class Client:
         """Go on from a state; the arguments must be the same."""
         for name in _STATE:
             value = state[name]
-            setattr(self, name, value.clone() if isinstance(value, Tensor) else value)
+            setattr(self, name, value.to("cpu", copy=True) if isinstance(value, Tensor) else value)
         self.features.lengthscale = state["lengthscale"]
-        self.generator.set_state(state["generator"])
-        self._adam.first, self._adam.second = (moment.clone() for moment in state["moments"])
+        self.generator.set_state(state["generator"].cpu())
+        self._adam.first, self._adam.second = (moment.to("cpu", copy=True) for moment in state["moments"])
         self._adam.steps = self._t
 
     def _begin_round(self) -> None:
@@ -200,19 +210,13 @@ class Client:
         self._round_start = self.x
         self._adam = Adam(self.settings.lr, self.x)
 
-    def _begin(self, objective: Objective) -> None:
-        if not self.queries:
-            self._query(self.x[None], objective)
-        self._first_value = float(self.values.mean())
-        self._query(self._candidates(self.settings.init, self.settings.radius), objective)
-
-    def _query(self, points: Tensor, objective: Objective) -> float:
-        """Evaluate points ``[m, d]``, remember them all, and return the first value."""
-        values = [evaluate(objective, self.box.from_unit(point), self.name) for point in points]
+    def _query(self, points: Tensor, objective: Objective) -> Tensor:
+        """Evaluate points ``[m, d]``, remember them all, and return their values."""
+        values = finite(objective(self.box.from_unit(points)), self.name) if len(points) else self.values[:0]
         self.points = torch.cat([self.points, points])
-        self.values = torch.cat([self.values, torch.tensor(values, dtype=torch.float64)])
+        self.values = torch.cat([self.values, values])
         self.queries += len(values)
-        return values[0] if values else math.nan
+        return values
 
     def _query_unsure(self, count: int, pool: int, radius: float, objective: Objective) -> None:
         """Evaluate those of a random pool where the gradient of the surrogate is least sure."""

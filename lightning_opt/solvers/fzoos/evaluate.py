@@ -1,27 +1,36 @@
-"""A value of an objective, which must be a finite number."""
+"""Values of an objective, which must be finite numbers."""
 
-import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
+
+Objective = Callable[[Tensor], Tensor]  # points [m, d] to values [m]
 
 
 class NonFiniteObjectiveError(ValueError):
     """An objective value was NaN or infinite."""
 
 
-def evaluate(fn: Callable[[Tensor], float | Tensor], x: Tensor, client: str) -> float:
-    """``fn(x)``, a float.
+def one_by_one(fn: Callable[[Tensor], float | Tensor]) -> Objective:
+    """A function of one point ``[d]`` as one of several ``[m, d]``."""
+    return lambda points: torch.tensor([float(fn(point)) for point in points], dtype=torch.float64)
+
+
+def finite(values: Tensor, client: str) -> Tensor:
+    """Values in float64 on the CPU, if all are finite.
 
     Args:
-        fn: The objective.
-        x: The point.
+        values: Of any shape.
         client: What an error calls the one whose objective it is.
 
     Raises:
-        NonFiniteObjectiveError: If it is NaN or infinite.
+        NonFiniteObjectiveError: If one is not.
     """
-    value = float(fn(x))
-    if not math.isfinite(value):
-        raise NonFiniteObjectiveError(f"the objective of {client} is {value}; it must be finite within the bounds")
-    return value
+    values = values.detach().to("cpu", torch.float64)
+    wrong = values[~values.isfinite()]
+    if len(wrong):
+        raise NonFiniteObjectiveError(
+            f"the objective of {client} is {float(wrong[0])} at {len(wrong)} of {len(values)} points; it must be finite"
+        )
+    return values

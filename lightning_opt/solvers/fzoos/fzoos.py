@@ -14,6 +14,7 @@ from lightning_opt.registry import register
 
 from .box import Bounds, Box
 from .client import Client
+from .evaluate import one_by_one
 from .result import MinimizeResult
 from .settings import FZooSSettings
 
@@ -89,7 +90,7 @@ def fzoos_minimize(
         A client evaluates ``local_steps + (local_steps - 1) * active + 1 + sync_active`` times a round (106), and sends
         and receives ``d + n_features + 1`` float64 numbers in two messages. Memory: 8 d bytes a query.
 
-    Source: Shu, Lin, Dai and Low (2023), arXiv:2308.04077, Algorithm 1.
+    Source: Shu, Lin, Dai and Low (2023), arXiv:2308.04077, with the constants of the authors' code.
 
     Example:
         >>> fns = [lambda x, c=c: ((x - c) ** 2).sum() for c in (0.3, 0.5)]
@@ -128,6 +129,7 @@ def fzoos_minimize(
     if size == 1:
         warnings.warn("fzoos_minimize: with one client there is nothing to correct by", stacklevel=2)
     box = Box(bounds, len(x0))
+    objectives = [one_by_one(fn) for fn in functions]
     clients = [Client(box.to_unit(x0), settings, first + k, box) for k in range(len(functions))]
 
     def mean(messages: list[Tensor]) -> Tensor:
@@ -140,11 +142,13 @@ def fzoos_minimize(
     points, queries, num_bytes, values = [lead.x], [0], [0], list[float]()
     with tqdm(total=rounds, unit="round", disable=not progress or first > 0) as bar:
         for _ in range(rounds):
-            for client, fn in zip(clients, functions, strict=True):
+            for client, objective in zip(clients, objectives, strict=True):
                 while not client.round_is_over:
-                    client.step(fn)
+                    client.step(objective)
             new = mean([client.point_message() for client in clients])
-            messages = [client.weights_message(new, fn) for client, fn in zip(clients, functions, strict=True)]
+            messages = [
+                client.weights_message(new, objective) for client, objective in zip(clients, objectives, strict=True)
+            ]
             if not values:
                 values.append(lead.objective)
             weights = mean(messages)

@@ -64,7 +64,7 @@ class GaussianProcess:
         return self.offset + self.scale * (rbf(x, self.points, self.lengthscale) @ self.coefficients)
 
     def gradient(self, x: Tensor) -> Tensor:
-        """The gradient ``[d]`` of the posterior mean at one point ``[d]`` (equation 3 of arXiv:2308.04077)."""
+        """The gradient ``[d]`` of the posterior mean at one point ``[d]`` (arXiv:2308.04077)."""
         x = x.to(torch.float64)
         weights = rbf(x[None], self.points, self.lengthscale)[0] * self.coefficients
         return self.scale / self.lengthscale**2 * (weights @ self.points - weights.sum() * x)

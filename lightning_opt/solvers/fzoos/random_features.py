@@ -14,7 +14,7 @@ class RandomFeatures:
     """M features whose inner products approximate the RBF kernel: ``sqrt(2 / M) cos(V^T x + b)``.
 
     A function is then M weights, so that the mean of the clients' functions is the mean of their weights. All clients
-    draw the same features from one seed (Rahimi and Recht, 2007; section 4.2 of arXiv:2308.04077). In float64.
+    draw the same features from one seed (Rahimi and Recht, 2007; arXiv:2308.04077). In float64.
 
     Args:
         dim: d.
