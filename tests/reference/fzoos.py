@@ -30,9 +30,9 @@ class NaiveClient:
         slopes = np.array([self.slope(x, at) for at in self.X])
         return y.std() * slopes.T @ self.inverse() @ scaled
 
-    def uncertainty(self, x):
+    def uncertainty(self, x, inverse):
         slopes = np.array([self.slope(x, at) for at in self.X])
-        return np.trace(np.eye(len(x)) / self.length**2 - slopes.T @ self.inverse() @ slopes)
+        return np.trace(np.eye(len(x)) / self.length**2 - slopes.T @ inverse @ slopes)
 
     def query(self, x):
         self.X.append(x)
@@ -44,7 +44,8 @@ class NaiveClient:
 
     def explore(self, count, pool, radius):
         candidates = self.candidates(pool, radius)
-        scores = [self.uncertainty(c) for c in candidates]
+        inverse = self.inverse()
+        scores = [self.uncertainty(c, inverse) for c in candidates]
         for k in np.argsort(scores)[::-1][:count]:
             self.query(candidates[k])
 
