@@ -13,9 +13,11 @@ from torch.optim import Optimizer
 from lightning_opt.registry import register
 from lightning_opt.solvers.fzoos import Box, Client, FZooSSettings
 from lightning_opt.solvers.fzoos.fzoos import check_dimension
+from lightning_opt.solvers.fzoos.server import Rank
 
 from ._candidates import Vectorize
 from ._gradient_free import GradientFreeStrategy
+from ._uses import changes_of
 
 
 @register(
@@ -78,7 +80,8 @@ class FZooSStrategy(GradientFreeStrategy):
         MisconfigurationException: In ``setup``, for what :class:`GradientFreeStrategy` refuses, gradient accumulation
             among it; before the first step, if there are more than ``max_dim`` parameters or one is outside of the
             bounds, or the checkpoint is of another number of ranks.
-        NonFiniteObjectiveError: If an evaluation is NaN or infinite; it names the rank.
+        NonFiniteObjectiveError: If an evaluation is NaN, infinite or missing; at the end of the round, on all ranks. It
+            names the rank.
 
     Cost: evaluations as said; besides, a step solves a system of ``max_local`` unknowns and scores ``active_pool``
         candidates, on the CPU in float64, some 20 ms. A rank keeps 8 bytes a parameter and query, which go into
@@ -164,12 +167,15 @@ class FZooSStrategy(GradientFreeStrategy):
         if self.world_size == 1:
             rank_zero_warn("FZooSStrategy: with one rank there is nothing to correct by; the search is local.")
         self.client = Client(unit, self.settings, self.global_rank, box, name=f"rank {self.global_rank}")
+        self._ranks = Rank(self.client, self._sum, self.global_rank, self.world_size)
+        self._uses_checked = False
 
     def search(self) -> tuple[Tensor, dict[str, float]]:
         """Move this rank's client."""
         client, logs = self.client, dict[str, float]()
-        if client.begin(self.evaluate):
-            logs = {f.name: getattr(move, f.name) for move in [client.move()] for f in dataclasses.fields(move)}
+        move = self._ranks.attempt(lambda: client.move() if client.begin(self.evaluate) else None)
+        if move is not None:
+            logs = dataclasses.asdict(move)
         if client.rounds:
             logs["objective"] = client.objective
             logs["bytes_per_round"] = client.num_bytes / client.rounds
@@ -179,20 +185,28 @@ class FZooSStrategy(GradientFreeStrategy):
 
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         """Move, let ``training_step`` evaluate there, evaluate near by, and end a round that is over."""
-        batch = self._batch
+        batch, before = self._batch, self.client.steps
+        if not self.client.queries and not self._uses_checked:
+            self._check_uses()
         loss = super().optimizer_step(optimizer, closure, model, **kwargs)
-        if loss is None:
-            raise MisconfigurationException("FZooSStrategy: training_step must return the objective, got None.")
+        value = torch.tensor(torch.nan) if loss is None else loss
         self._batch = batch
         with torch.no_grad():
-            client = self.client
-            client.look(self.evaluate, loss)
-            if client.round_is_over:
-                weights = client.weights_message(self._mean(client.point_message()), self.evaluate)
-                client.end_round(self._mean(weights))
+            self._ranks.attempt(lambda: self.client.look(self.evaluate, value))
+            self._ranks.count(before)
+            if self.client.round_is_over:
+                self._ranks.end_round(self.evaluate)
                 self.flat.write(self._parameters())
         self._batch = None
         return loss
+
+    def on_train_end(self) -> None:
+        """Where training ends within a round, leave the mean of the ranks' parameters."""
+        if self.client.steps:
+            client = self.client
+            mean = self._ranks.mean(self._ranks.attempt(lambda: client.x), len(client.x))
+            self.flat.write(client.box.from_unit(mean))
+        super().on_train_end()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """The evaluation that logs; its loss is the objective of this rank."""
@@ -236,6 +250,21 @@ class FZooSStrategy(GradientFreeStrategy):
         """The client's point as the module's parameters."""
         return self.client.box.from_unit(self.client.x)
 
-    def _mean(self, message: Tensor) -> Tensor:
-        """The mean over ranks."""
-        return self.sum_over_ranks(message.to(self.root_device)).cpu() / self.world_size
+    def _sum(self, message: Tensor) -> Tensor:
+        """The sum over ranks."""
+        return self.sum_over_ranks(message.to(self.root_device)).cpu()
+
+    def _check_uses(self) -> None:
+        """Refuse to search over parameters that change the objective of no rank: they would drift.
+
+        Raises:
+            MisconfigurationException: With their names.
+        """
+        self._uses_checked = True
+        changes = self._sum(changes_of(self.evaluate, self.flat, self.client.x, self.client.box))
+        unused = [name for name, change in zip(self.flat.named, changes.tolist(), strict=True) if change == 0]
+        if unused:
+            raise MisconfigurationException(
+                f"FZooSStrategy: training_step does not depend on {', '.join(unused)}, which are not used on any rank:"
+                " there is nothing to find. Leave them out by param_filter, or freeze them."
+            )

@@ -57,6 +57,7 @@ class Client:
         num_bytes: Bytes of the messages sent and received so far.
         rounds: Rounds that have ended.
         objective: The mean of all clients' values at the server's last point; NaN before the first round has ended.
+        first_objective: The same at the start.
 
     Cost:
         A step takes ``1 + active`` evaluations, a round's last step 1, its end ``1 + sync_active``; a step besides
@@ -73,12 +74,13 @@ class Client:
         self.points = torch.zeros(0, dim, dtype=torch.float64)
         self.values = torch.zeros(0, dtype=torch.float64)
         self.queries = self.num_bytes = self.rounds = 0
-        self.objective = math.nan
+        self.objective = self.first_objective = math.nan
         self.noise_variance = 0.0  # measured, in the units of the objective
         self.features = RandomFeatures(
             dim, settings.n_features, lengthscale=settings.first_lengthscale(dim), seed=_mixed(settings.seed, 0)
         )
         self.generator = torch.Generator().manual_seed(_mixed(settings.seed, 1 + index))
+        self._to_measure = _REPEATS if settings.noise == "auto" else 0
         self._first_value = math.nan
         self._own_weights = self._mean_weights = torch.zeros(0, dtype=torch.float64)  # [M] after the first round
         self._begin_round()
@@ -86,12 +88,28 @@ class Client:
     @property
     def measures_noise(self) -> bool:
         """Whether the next step evaluates the start once more and does not move."""
-        return self.settings.noise == "auto" and self.rounds == self._t == 0 and self.queries < _REPEATS
+        return self._to_measure > 0
+
+    @property
+    def steps(self) -> int:
+        """Steps of this round, with those that measured the noise before the first."""
+        return self._t + (_REPEATS - self._to_measure if self.settings.noise == "auto" else 0)
 
     @property
     def round_is_over(self) -> bool:
         """Whether the messages are due."""
         return self._t == self.settings.local_steps
+
+    @property
+    def point_size(self) -> int:
+        """Of the :meth:`point_message`."""
+        extras = 1 + (len(_LENGTHSCALES) if self.settings.lengthscale == "fit" else 0)
+        return len(self.x) + (0 if self.rounds else extras)
+
+    @property
+    def weights_size(self) -> int:
+        """Of the :meth:`weights_message`."""
+        return self.settings.n_features + 1
 
     def step(self, objective: Objective) -> None:
         """Move once, and evaluate there and near by; or evaluate where it is, while the noise is measured.
@@ -102,6 +120,13 @@ class Client:
         if self.begin(objective):
             self.move()
         self.look(objective)
+
+    def skip(self) -> None:
+        """Count a step, but take none: for a client that has failed while others go on."""
+        if self.measures_noise:
+            self._to_measure -= 1
+        else:
+            self._t += 1
 
     def begin(self, objective: Objective) -> bool:
         """Evaluate the start and points near by before the first move; returns whether it is time to move."""
@@ -133,10 +158,10 @@ class Client:
             objective: As above.
             value: Of the objective where it is, 0-dim, if that is known; it is counted as an evaluation.
         """
-        measures = self.measures_noise
         self._query(self.x[None], objective if value is None else lambda _: value.reshape(1))
-        if measures:
-            self.noise_variance = float(self.values.var()) if self.queries == _REPEATS else 0.0
+        if self.measures_noise:
+            self._to_measure -= 1
+            self.noise_variance = 0.0 if self._to_measure else float(self.values.var())
         elif not self.round_is_over:  # from the last point the server moves away
             self._query_unsure(self.settings.active, self.settings.active_pool, self.settings.radius, objective)
 
@@ -157,7 +182,7 @@ class Client:
         self.num_bytes += 2 * 8 * len(mean)
         new, extras = mean[: len(self.x)], mean[len(self.x) :]
         if len(extras):
-            self.objective = float(extras[0])
+            self.first_objective = self.objective = float(extras[0])
             if self.settings.lengthscale == "fit":
                 self.features.lengthscale *= _LENGTHSCALES[int(extras[1:].argmax())]
         moved = float((new - self.x).abs().mean())
@@ -265,7 +290,9 @@ _STATE = (
     "num_bytes",
     "rounds",
     "objective",
+    "first_objective",
     "noise_variance",
+    "_to_measure",
     "_first_value",
     "_own_weights",
     "_mean_weights",

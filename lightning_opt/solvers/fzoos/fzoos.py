@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -16,6 +17,7 @@ from .box import Bounds, Box
 from .client import Client
 from .evaluate import one_by_one
 from .result import MinimizeResult
+from .server import Rank, Simulated
 from .settings import FZooSSettings
 
 
@@ -84,7 +86,8 @@ def fzoos_minimize(
     Raises:
         ValueError: If an argument is out of its range, the start is outside of the bounds, or there are more than
             ``max_dim`` coordinates.
-        NonFiniteObjectiveError: If a function returns NaN or infinity; it names the client.
+        NonFiniteObjectiveError: If a function returns NaN or infinity; it names the client. With ``group`` at the end
+            of the round, in all processes.
 
     Cost:
         A client evaluates ``local_steps + (local_steps - 1) * active + 1 + sync_active`` times a round (106), and sends
@@ -131,31 +134,17 @@ def fzoos_minimize(
     box = Box(bounds, len(x0))
     objectives = [one_by_one(fn) for fn in functions]
     clients = [Client(box.to_unit(x0), settings, first + k, box) for k in range(len(functions))]
-
-    def mean(messages: list[Tensor]) -> Tensor:
-        total = torch.stack(messages).sum(0)
-        if group is not None:
-            dist.all_reduce(total, group=group)
-        return total / size
-
+    if group is None:
+        run_round = Simulated(clients, objectives).round
+    else:
+        run_round = partial(Rank(clients[0], partial(_sum, group=group), first, size).round, objectives[0])
     lead = clients[0]
     points, queries, num_bytes, values = [lead.x], [0], [0], list[float]()
     with tqdm(total=rounds, unit="round", disable=not progress or first > 0) as bar:
         for _ in range(rounds):
-            for client, objective in zip(clients, objectives, strict=True):
-                while not client.round_is_over:
-                    client.step(objective)
-            new = mean([client.point_message() for client in clients])
-            messages = [
-                client.weights_message(new, objective) for client, objective in zip(clients, objectives, strict=True)
-            ]
-            if not values:
-                values.append(lead.objective)
-            weights = mean(messages)
-            for client in clients:
-                client.end_round(weights)
+            run_round()
+            values += [lead.objective] if values else [lead.first_objective, lead.objective]
             points.append(lead.x)
-            values.append(lead.objective)
             queries.append(size * lead.queries)
             num_bytes.append(lead.num_bytes)
             bar.update()
@@ -168,6 +157,11 @@ def fzoos_minimize(
         queries=torch.tensor(queries),
         num_bytes=torch.tensor(num_bytes),
     )
+
+
+def _sum(vector: Tensor, group: dist.ProcessGroup) -> Tensor:
+    dist.all_reduce(vector, group=group)
+    return vector
 
 
 def check_fits(x0: Tensor, count: int, max_dim: int) -> None:
