@@ -1,9 +1,10 @@
 """FZooS beside FedZO, FedProx and SCAFFOLD: queries and rounds on quadratics that differ by client, and for macro-F1.
 
-Quadratics as in the authors' code (20 coordinates, 5 clients, 12 rounds of 10 steps of Adam at rate 0.01; baselines go on
-to 60 rounds), for two degrees C to which clients differ; then, at C = 5, each method at each of four rates. Digits: two
-clients with the images of five digits each calibrate a frozen classifier for macro-F1 with 300 queries each; both methods
-are tuned on two seeds of their own, FedZO among 36 settings and FZooS among 8. Finished runs are kept in the result file.
+Quadratics as in the authors' code (20 coordinates, 5 clients, 12 rounds of 10 steps of Adam at rate 0.01; baselines go
+on to 60 rounds), for two degrees C to which clients differ; then, at C = 5, each method at each of four rates. Digits:
+two clients with the images of five digits each calibrate a frozen classifier for macro-F1 with 300 queries each; both
+methods are tuned on two seeds of their own, FedZO among 36 settings and FZooS among 8. Finished runs are kept in the
+result file.
 
     python benchmarks/fzoos.py                    about half an hour on one core, and the picture
     python benchmarks/fzoos.py --part quadratic   one of the two
