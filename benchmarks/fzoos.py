@@ -2,9 +2,9 @@
 
 Quadratics as in the authors' code (20 coordinates, 5 clients, 12 rounds of 10 steps of Adam at rate 0.01; baselines go
 on to 60 rounds), for two degrees C to which clients differ; then, at C = 5, each method at each of four rates. Digits:
-two clients with the images of five digits each calibrate a frozen classifier for macro-F1 with 300 queries each; both
-methods are tuned on two seeds of their own, FedZO among 36 settings and FZooS among 8. Finished runs are kept in the
-result file.
+two clients with the images of five digits each calibrate a frozen classifier for macro-F1 with 100, 200 and 300 queries
+each; for each of these both methods are tuned on two other seeds, FedZO among 36 settings and FZooS among 8. Finished
+runs are kept in the result file.
 
     python benchmarks/fzoos.py                    about half an hour on one core, and the picture
     python benchmarks/fzoos.py --part quadratic   one of the two
@@ -18,11 +18,13 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from _grid import paired_verdict
 from _runner import read_result, write_result
 from torch import Tensor
 from tqdm import tqdm
@@ -42,7 +44,7 @@ COLORS = {
 CORRECTIONS = {"FedZO": "none", "FedProx": "prox", "SCAFFOLD": "scaffold"}
 DIM, CLIENTS, ROUNDS, BASELINE_ROUNDS = 20, 5, 12, 60
 RATES = (0.005, 0.01, 0.02, 0.04)
-BUDGET = 300  # queries of a client for macro-F1
+BUDGETS = (100, 200, 300)  # queries of a client for macro-F1; methods are tuned for each
 TUNING_SEEDS = (100, 101)
 Objective = Callable[[Tensor], float]
 
@@ -85,16 +87,12 @@ class Runs:
 
 
 def quadratics(done: Runs, seeds: list[int]) -> None:
-    jobs: dict[str, Callable[[], dict[str, Any]]] = {}
-    for c, seed, name in itertools.product((5.0, 0.5), seeds, COLORS):
-        jobs[f"quadratic/{c:g}/{name}/0.01/{seed}"] = lambda c=c, seed=seed, name=name: on_quadratic(
-            c, seed, name, 0.01
-        )
+    jobs = {
+        f"quadratic/{c:g}/{name}/0.01/{seed}": partial(on_quadratic, c, seed, name, 0.01)
+        for c, seed, name in itertools.product((5.0, 0.5), seeds, COLORS)
+    }
     for rate, seed, name in itertools.product(RATES, seeds, COLORS):
-        jobs.setdefault(
-            f"quadratic/5/{name}/{rate:g}/{seed}",
-            lambda seed=seed, name=name, rate=rate: on_quadratic(5.0, seed, name, rate),
-        )
+        jobs.setdefault(f"quadratic/5/{name}/{rate:g}/{seed}", partial(on_quadratic, 5.0, seed, name, rate))
     done.all(jobs)
 
 
@@ -130,41 +128,47 @@ LEAST = 0.1 / DIM * (1 - DIM / 4)  # of the mean
 # Macro-F1 on digits
 
 
+GRID: dict[str, list[dict[str, Any]]] = {
+    "FZooS": [
+        {"lr": lr, "radius": radius, "noise": noise, "local_steps": 5, "active": 2, "sync_active": 10}
+        for lr, radius, noise in itertools.product((0.05, 0.1), (0.2, 0.4), (1e-2, 1e-1))
+    ],
+    "FedZO": [
+        {"lr": lr, "mu": mu, "directions": directions, "local_steps": 5}
+        for lr, mu, directions in itertools.product((0.05, 0.1, 0.2), (0.1, 0.3, 0.5), (2, 5, 10, 20))
+    ],
+}
+UNTUNED = {"lr": 0.01, "mu": 0.01, "directions": 20, "local_steps": 10}  # the authors' for their problems
+
+
 def digits(done: Runs, seeds: list[int]) -> None:
-    grid = {
-        "FZooS": [
-            {"lr": lr, "radius": radius, "noise": noise, "local_steps": 5, "active": 2, "sync_active": 10}
-            for lr, radius, noise in itertools.product((0.05, 0.1), (0.2, 0.4), (1e-2, 1e-1))
-        ],
-        "FedZO": [
-            {"lr": lr, "mu": mu, "directions": directions, "local_steps": 5}
-            for lr, mu, directions in itertools.product((0.05, 0.1, 0.2), (0.1, 0.3, 0.5), (2, 5, 10, 20))
-        ],
-    }
-    for name, settings in grid.items():
-        tuning = {
-            f"digits-tuning/{name}/{k}/{seed}": lambda name=name, chosen=chosen, seed=seed: on_digits(
-                name, chosen, seed
-            )
-            for k, chosen in enumerate(settings)
-            for seed in TUNING_SEEDS
-        }
-        done.all(tuning)
-        best = max(
-            range(len(settings)),
-            key=lambda k: statistics.mean(
-                done.rows[f"digits-tuning/{name}/{k}/{seed}"]["macro_f1"][-1] for seed in TUNING_SEEDS
-            ),
-        )
-        chosen = settings[best]
+    for name, settings in GRID.items():
         done.all(
             {
-                f"digits/{name}/{seed}": lambda name=name, chosen=chosen, seed=seed: on_digits(name, chosen, seed)
+                f"digits-tuning/{name}/{k}/{seed}": partial(on_digits, name, chosen, seed)
+                for k, chosen in enumerate(settings)
+                for seed in TUNING_SEEDS
+            }
+        )
+        done.all(
+            {
+                f"digits/{name}/{k}/{seed}": partial(on_digits, name, settings[k], seed)
+                for k in sorted({tuned(done.rows, name, budget) for budget in BUDGETS})
                 for seed in seeds
             }
         )
-    plain = {"directions": 20, "mu": 0.01, "lr": 0.01, "local_steps": 10}  # the authors' for their problems
-    done.all({f"digits/FedZO untuned/{seed}": lambda seed=seed: on_digits("FedZO", plain, seed) for seed in seeds})
+    done.all({f"digits/FedZO untuned/{seed}": partial(on_digits, "FedZO", UNTUNED, seed) for seed in seeds})
+
+
+def tuned(rows: dict[str, Any], name: str, budget: int) -> int:
+    """The number of the setting whose macro-F1 with so many queries is best on the tuning seeds."""
+
+    def score(k: int) -> float:
+        return statistics.mean(
+            at(rows[f"digits-tuning/{name}/{k}/{seed}"], "macro_f1", budget) for seed in TUNING_SEEDS
+        )
+
+    return max(range(len(GRID[name])), key=score)
 
 
 def on_digits(name: str, settings: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -172,10 +176,10 @@ def on_digits(name: str, settings: dict[str, Any], seed: int) -> dict[str, Any]:
     x0 = torch.zeros(20, dtype=torch.float64)
     if name == "FZooS":
         steps, active, sync = (settings[key] for key in ("local_steps", "active", "sync_active"))
-        rounds = (BUDGET - 11) // (steps + (steps - 1) * active + 1 + sync)
+        rounds = (BUDGETS[-1] - 11) // (steps + (steps - 1) * active + 1 + sync)
         result = fzoos_minimize(fns, x0, rounds=rounds, bounds=None, seed=seed, **settings)
     else:
-        rounds = max(1, BUDGET // (settings["local_steps"] * (settings["directions"] + 1)))
+        rounds = max(1, BUDGETS[-1] // (settings["local_steps"] * (settings["directions"] + 1)))
         result = fedzo_minimize(fns, x0, rounds=rounds, bounds=None, seed=seed, **settings)
     return {**curve(result, measures), "settings": settings}
 
@@ -231,9 +235,9 @@ def summary(rows: dict[str, Any], seeds: list[int]) -> dict[str, Any]:
             name: {f"{rate:g}": mean([rows[key]["F"][ROUNDS] for key in keys[name, rate]]) for rate in RATES}
             for name in COLORS
         }
-    names = ("FZooS", "FedZO", "FedZO untuned")
-    if all(f"digits/{name}/{seed}" in rows for name in names for seed in seeds):
-        payload["digits"] = {name: digits_row([rows[f"digits/{name}/{seed}"] for seed in seeds]) for name in names}
+    if all(f"digits/FedZO untuned/{seed}" in rows for seed in seeds):
+        for budget in BUDGETS:
+            payload[f"digits, {budget} queries of a client"] = digits_table(rows, budget, seeds)
     return payload
 
 
@@ -257,20 +261,29 @@ def quadratic_row(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def digits_row(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    row: dict[str, Any] = {"settings": runs[0]["settings"], "queries_of_a_client": runs[0]["queries"][-1] // 2}
-    for name in ("macro_f1", "test_macro_f1"):
-        row[name] = {
-            "start": mean([run[name][0] for run in runs]),
-            **{f"at_{budget}": mean([at(run, name, budget) for run in runs]) for budget in (100, 200, 300)},
-            "each_at_300": [at(run, name, 300) for run in runs],
-        }
-    return row
+def digits_table(rows: dict[str, Any], budget: int, seeds: list[int]) -> dict[str, Any]:
+    """Macro-F1 with so many queries, each method with the setting that was best for that on the tuning seeds."""
+    table: dict[str, Any] = {}
+    for name in (*GRID, "FedZO untuned"):
+        k = f"/{tuned(rows, name, budget)}" if name in GRID else ""
+        runs = [rows[f"digits/{name}{k}/{seed}"] for seed in seeds]
+        table[name] = {"settings": runs[0]["settings"], "rounds": round_of(runs[0], budget)}
+        for part in ("macro_f1", "test_macro_f1"):
+            each = [at(run, part, budget) for run in runs]
+            table[name] |= {f"{part}_mean": mean(each), f"{part}_start": mean([r[part][0] for r in runs]), part: each}
+    for part in ("macro_f1", "test_macro_f1"):
+        ours, theirs = table["FZooS"][part], table["FedZO"][part]
+        table[f"FZooS less FedZO, {part}"] = paired_verdict(ours, theirs, larger_is_better=True)
+    return table
 
 
 def at(run: dict[str, Any], name: str, budget: int) -> float:
     """At the last server's point that a client has reached with at most so many queries."""
-    return [v for v, queries in zip(run[name], run["queries"], strict=True) if queries <= 2 * budget][-1]
+    return run[name][round_of(run, budget)]
+
+
+def round_of(run: dict[str, Any], budget: int) -> int:
+    return sum(queries <= 2 * budget for queries in run["queries"]) - 1
 
 
 def mean(values: list[float]) -> float:
@@ -278,7 +291,7 @@ def mean(values: list[float]) -> float:
 
 
 def draw(rows: dict[str, Any], payload: dict[str, Any], seeds: list[int]) -> None:
-    if len(payload) < 4:
+    if len(payload) < 6:
         return
     import matplotlib.pyplot as plt
 
@@ -292,16 +305,20 @@ def draw(rows: dict[str, Any], payload: dict[str, Any], seeds: list[int]) -> Non
             yscale="log", xlim=(0, 20), xlabel="queries of all clients, thousands", ylabel="F less its least value"
         )
         axes.set_title(f"quadratics of 5 clients that differ by C = {c}")
-    for name, color, line in (
-        ("FZooS", COLORS["FZooS"], "-"),
-        ("FedZO", COLORS["FedZO"], "-"),
-        ("FedZO untuned", COLORS["FedZO"], ":"),
-    ):
-        runs = [rows[f"digits/{name}/{seed}"] for seed in seeds]
-        label = {"FZooS": "FZooS, tuned", "FedZO": "FedZO, tuned"}.get(name, "FedZO, as on the left")
-        values = np.array([run["macro_f1"] for run in runs])
-        band(panels[2], np.array(runs[0]["queries"]) / 2, values, color, label, line)
-    panels[2].set(xlabel="queries of a client", ylabel="macro-F1 of all digits", xlim=(0, BUDGET))
+    for name, color in (("FZooS", COLORS["FZooS"]), ("FedZO", COLORS["FedZO"])):
+        for budget, line in ((300, "-"), (100, "--")):
+            k = tuned(rows, name, budget)
+            if line == "--" and k == tuned(rows, name, 300):
+                continue
+            runs = [rows[f"digits/{name}/{k}/{seed}"] for seed in seeds]
+            values = np.array([run["macro_f1"] for run in runs])
+            band(
+                panels[2], np.array(runs[0]["queries"]) / 2, values, color, f"{name}, tuned for {budget} queries", line
+            )
+    runs = [rows[f"digits/FedZO untuned/{seed}"] for seed in seeds]
+    values = np.array([run["macro_f1"] for run in runs])
+    band(panels[2], np.array(runs[0]["queries"]) / 2, values, COLORS["FedZO"], "FedZO, as on the left", ":")
+    panels[2].set(xlabel="queries of a client", ylabel="macro-F1 of all digits", xlim=(0, BUDGETS[-1]))
     panels[2].set_title("two clients with five digits each")
     for axes in panels[1:]:
         axes.legend(frameon=False, fontsize=8)
