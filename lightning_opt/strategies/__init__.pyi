@@ -4,3 +4,4 @@ from .ef21 import EF21Strategy as EF21Strategy
 from .naive_compression import NaiveCompressionStrategy as NaiveCompressionStrategy
 from .smoothness import estimate_smoothness as estimate_smoothness
 from .cbo import CBOStrategy as CBOStrategy
+from .fzoos import FZooSStrategy as FZooSStrategy
