@@ -11,5 +11,6 @@ from . import optim as optim
 from . import registry as registry
 from . import schedules as schedules
 from . import solvers as solvers
+from . import strategies as strategies
 from . import testing as testing
 from . import triton_kernels as triton_kernels

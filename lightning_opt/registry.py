@@ -9,7 +9,7 @@ import importlib
 import importlib.metadata
 import pkgutil
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
 Kind = Literal["optimizer", "schedule", "callback", "strategy", "module", "data", "solver", "tool"]
@@ -29,6 +29,7 @@ class Entry:
         card: File name of its method card in ``docs/methods/`` without suffix, or ``""``.
         log_prefix: The prefix of what it logs, unique in the package, or ``""``.
         capabilities: What the generic tests may ask of it, for example ``{"fused"}``.
+        aliases: For a strategy, its short names for the Trainer and what each calls the class with.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Entry:
     card: str = ""
     log_prefix: str = ""
     capabilities: frozenset[str] = frozenset()
+    aliases: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict, hash=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +70,7 @@ def register(
     card: str = "",
     log_prefix: str = "",
     capabilities: tuple[str, ...] = (),
+    aliases: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Callable[[T], T]:
     """Enter a class or function into the registry under its own name.
 
@@ -78,12 +81,14 @@ def register(
         card: File name of its method card in ``docs/methods/``, without suffix.
         log_prefix: The prefix of what it logs.
         capabilities: What the generic tests may ask of it.
+        aliases: For a strategy, short names for ``Trainer(strategy=...)``, each with what the class is called with:
+            ``{"ddp_ef21": {}}``. Written as a literal, for it is read from the source before anything is imported.
 
     Returns:
         A decorator that returns its argument unchanged.
 
     Raises:
-        ValueError: If another object holds the name or the log prefix.
+        ValueError: If another object holds the name, the log prefix or an alias.
 
     Example:
         >>> from lightning_opt import registry
@@ -94,13 +99,17 @@ def register(
     """
 
     def decorate(target: T) -> T:
-        entry = Entry(target.__name__, kind, target, summary, paper, card, log_prefix, frozenset(capabilities))
+        entry = Entry(
+            target.__name__, kind, target, summary, paper, card, log_prefix, frozenset(capabilities), aliases or {}
+        )
         other = _entries.get(entry.name)
         if other is not None and _where(other.target) != _where(target):
             raise ValueError(f"{_where(target)} and {_where(other.target)} both register the name {entry.name!r}")
         for other in _entries.values():
             if log_prefix and other.log_prefix == log_prefix and other.name != entry.name:
                 raise ValueError(f"{entry.name} and {other.name} both log under {log_prefix!r}")
+            if other.name != entry.name and (shared := entry.aliases.keys() & other.aliases.keys()):
+                raise ValueError(f"{entry.name} and {other.name} both have the alias {min(shared)!r}")
         _entries[entry.name] = entry
         return target
 

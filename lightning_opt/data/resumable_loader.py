@@ -143,6 +143,18 @@ class ResumableLoader(DataLoader):
         self._order.limit = samples
 
     @property
+    def same_on_all_ranks(self) -> bool:
+        """Whether every rank of a distributed run reads every sample, in the same order; to be set before the epoch.
+
+        For methods whose ranks compare candidates on one objective.
+        """
+        return self._order.same_on_all_ranks
+
+    @same_on_all_ranks.setter
+    def same_on_all_ranks(self, same: bool) -> None:
+        self._order.same_on_all_ranks = same
+
+    @property
     def batches_handed_out(self) -> int:
         """Batches of the present epoch that were handed out."""
         return self._batches if self._epoch == self._order.epoch else 0
@@ -312,15 +324,16 @@ class _EpochSampler(DistributedSampler):
         self.drop_last = drop_last
         self.epoch = 0
         self.limit: int | None = None
+        self.same_on_all_ranks = False
         self.first_sample = 0  # set by the loader when it starts a pass
 
     @property
     def rank(self) -> int:  # type: ignore[override]
-        return dist.get_rank() if _is_distributed() else 0
+        return dist.get_rank() if _is_distributed() and not self.same_on_all_ranks else 0
 
     @property
     def num_replicas(self) -> int:  # type: ignore[override]
-        return dist.get_world_size() if _is_distributed() else 1
+        return dist.get_world_size() if _is_distributed() and not self.same_on_all_ranks else 1
 
     def identity(self) -> dict[str, int]:
         """What a position in the epoch depends on."""
