@@ -1,0 +1,1 @@
+from .deep_ga import DeepGAStrategy as DeepGAStrategy

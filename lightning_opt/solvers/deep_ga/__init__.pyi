@@ -2,7 +2,6 @@ from .deceptive_maze import DeceptiveMaze as DeceptiveMaze
 from .decoder import GenomeDecoder as GenomeDecoder
 from .deep_ga import DeepGAResult as DeepGAResult
 from .deep_ga import deep_ga as deep_ga
-from .evaluation import PopulationEvaluator as PopulationEvaluator
 from .genome import Genome as Genome
 from .genome import decode as decode
 from .genome_file import load_genome as load_genome
@@ -15,6 +14,7 @@ from .novelty import novelty_scores as novelty_scores
 from .novelty import pad_behaviors as pad_behaviors
 from .search import Generation as Generation
 from .search import GeneticSearch as GeneticSearch
+from .weights import call_each as call_each
 from .weights import flatten as flatten
 from .weights import trainable as trainable
 from .weights import unflatten as unflatten

@@ -1,3 +1,5 @@
+"""The deceptive task on which novelty search is measured."""
+
 import torch
 from torch import Tensor
 
@@ -7,9 +9,10 @@ from lightning_opt._checks import check_interval
 class DeceptiveMaze:
     """A robot in a maze whose walls lie where a greedy search wants to go; it is steered by a small network.
 
-    The room is 10 x 10. The robot starts at (5, 1); the goal is at (5, 9), straight ahead, and between them is a trap
-    that opens towards the robot: a ceiling at y = 6 from x = 2 to x = 8, and walls down from its ends to y = 2.5. Who
-    goes towards the goal ends below the ceiling, at a distance of 3; the way out leads away from the goal first.
+    The room is 10 x 10. The robot starts at (5, 1); the goal is at (5, 9), straight ahead. Between them are a wall from
+    the left, at y = 6 up to x = 8.5, from whose end another goes down to y = 2, and a wall from the right, at y = 7.5
+    down to x = 1.5. Who goes towards the goal ends below the first wall, at a distance of 3. The way leads down around
+    the hook, up on the right, and between the walls to the far left.
 
     At each of its steps the robot sees six distances to the nearest wall (rays at -90, -45, 0, 45, 90 and 180 degrees
     from its heading) and in which of four quadrants the goal lies. A network with 16 tanh units gives a turn and a
@@ -43,9 +46,9 @@ class DeceptiveMaze:
         ((10.0, 0.0), (10.0, 10.0)),
         ((10.0, 10.0), (0.0, 10.0)),
         ((0.0, 10.0), (0.0, 0.0)),
-        ((2.0, 6.0), (8.0, 6.0)),
-        ((2.0, 6.0), (2.0, 2.5)),
-        ((8.0, 6.0), (8.0, 2.5)),
+        ((0.0, 6.0), (8.5, 6.0)),
+        ((8.5, 6.0), (8.5, 2.0)),
+        ((10.0, 7.5), (1.5, 7.5)),
     )
 
     def __init__(self, steps: int = 100, hidden: int = 16) -> None:

@@ -15,7 +15,7 @@ SEEDS = 2**32  # torch's CPU generator uses 32 bits of a seed
 
 @dataclasses.dataclass(frozen=True)
 class Genome:
-    """Seeds and mutation powers: ``theta = init(seeds[0])``, then ``theta + powers[i] * noise(seed)`` for each mutation.
+    """Seeds and powers of mutations: ``theta = init(seeds[0])``, then ``theta += powers[i] * noise(seeds[i + 1])``.
 
     With one seed more than powers the first seed draws the initial weights. With as many seeds as powers the mutations
     start from weights that are given, and the empty genome stands for those.
@@ -38,7 +38,9 @@ class Genome:
 
     def __post_init__(self) -> None:
         if len(self.seeds) - len(self.powers) not in (0, 1):
-            raise ValueError(f"{len(self.seeds)} seeds and {len(self.powers)} powers: seeds may be one more, or as many")
+            raise ValueError(
+                f"{len(self.seeds)} seeds and {len(self.powers)} powers: seeds may be one more, or as many"
+            )
         for seed in self.seeds:
             check_interval("seed", seed, 0, SEEDS, closed="[)")
         for power in self.powers:
@@ -105,8 +107,8 @@ def decode(genome: Genome, init: Init) -> Tensor:
 
     Example:
         >>> genome = Genome((1, 2), (0.1, 0.2))
-        >>> weights = decode(genome, torch.zeros(3))
-        >>> torch.equal(weights, decode(genome.parent, torch.zeros(3)) + perturbation(2, torch.zeros(3), genome.powers[1]))
+        >>> parent = decode(genome.parent, torch.zeros(3))
+        >>> torch.equal(decode(genome, torch.zeros(3)), parent + perturbation(2, parent, genome.powers[1]))
         True
     """
     weights = initial_weights(genome, init)

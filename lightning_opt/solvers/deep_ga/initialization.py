@@ -8,17 +8,19 @@ from lightning_opt._checks import check_interval
 from .weights import flatten, trainable
 
 
-def fan_in_init(module: nn.Module, std: float = 1.0, output_std: float = 0.1) -> Callable[[int], Tensor]:
+def fan_in_init(
+    module: nn.Module | dict[str, nn.Parameter], std: float = 1.0, output_std: float = 0.1
+) -> Callable[[int], Tensor]:
     """The paper's initial weights of a module, as a function of a seed.
 
-    Each tensor of two or more dimensions is ``N(0, 1) * std / sqrt(fan_in)``, where ``fan_in`` is the product of all its
-    dimensions but the first, and the last of them in the order of the module, the output layer, takes ``output_std``.
+    A tensor of two or more dimensions is ``N(0, 1) * std / sqrt(fan_in)``, where ``fan_in`` is the product of all its
+    dimensions but the first. The last of them in the order of the module, the output layer, takes ``output_std``.
     Biases are 0. Other vectors, such as the scales of a normalization, keep the values that the module has.
 
     Source: the authors' code for arXiv:1712.06567 (its Atari networks).
 
     Args:
-        module: Gives shapes and names of the trainable parameters.
+        module: Its trainable parameters, or those of a dict by name, give names and shapes.
         std: Scale of hidden layers.
         output_std: Scale of the output layer.
 
@@ -36,8 +38,8 @@ def fan_in_init(module: nn.Module, std: float = 1.0, output_std: float = 0.1) ->
     """
     check_interval("std", std, 0, closed="()")
     check_interval("output_std", output_std, 0, closed="()")
-    given = flatten(module).cpu()
-    parameters = trainable(module)
+    parameters = trainable(module) if isinstance(module, nn.Module) else module
+    given = flatten(parameters).cpu()
     device = next(iter(parameters.values())).device
     matrices = [name for name, p in parameters.items() if p.ndim >= 2]
     parts: list[tuple[str, int, float]] = []

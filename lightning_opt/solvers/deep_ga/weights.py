@@ -1,5 +1,8 @@
 """The trainable parameters of a module as one vector, and of a population as one matrix."""
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -16,14 +19,14 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     return parameters
 
 
-def flatten(module: nn.Module) -> Tensor:
-    """The trainable parameters as a new vector ``[P]``, float32, or float64 if one of them is.
+def flatten(module: nn.Module | dict[str, nn.Parameter]) -> Tensor:
+    """The trainable parameters, or those of a dict, as a new vector ``[P]``: float32, or float64 if one of them is.
 
     Example:
         >>> flatten(nn.Linear(3, 2)).shape
         torch.Size([8])
     """
-    parameters = trainable(module).values()
+    parameters = list((trainable(module) if isinstance(module, nn.Module) else module).values())
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
     return torch.cat([p.detach().flatten().to(dtype) for p in parameters])
 
@@ -62,3 +65,25 @@ def unflatten(module: nn.Module, weights: Tensor) -> dict[str, Tensor]:
         name: part.reshape(len(weights), *p.shape).to(p.dtype)
         for (name, p), part in zip(parameters.items(), parts, strict=True)
     }
+
+
+def call_each(module: nn.Module, weights: Tensor, *inputs: Any) -> Any:
+    """What a module returns with each of several vectors of weights, on the same inputs, at once.
+
+    Args:
+        module: Its own weights are left alone.
+        weights: ``[n, P]``.
+        inputs: What it is called with.
+
+    Returns:
+        Its outputs, each tensor with a first dimension of n. Random numbers are the same for all n.
+
+    Raises:
+        RuntimeError: If ``torch.vmap`` cannot run the module, for example because it looks at values.
+
+    Example:
+        >>> call_each(nn.Linear(3, 2), torch.zeros(5, 8), torch.ones(4, 3)).shape
+        torch.Size([5, 4, 2])
+    """
+    each = torch.vmap(partial(torch.func.functional_call, module), in_dims=(0, None), randomness="same")
+    return each(unflatten(module, weights), inputs)
