@@ -1,1 +1,2 @@
+from .cbo import CBOStrategy as CBOStrategy
 from .deep_ga import DeepGAStrategy as DeepGAStrategy
