@@ -5,3 +5,4 @@ from .naive_compression import NaiveCompressionStrategy as NaiveCompressionStrat
 from .smoothness import estimate_smoothness as estimate_smoothness
 from .cbo import CBOStrategy as CBOStrategy
 from .fzoos import FZooSStrategy as FZooSStrategy
+from .deep_ga import DeepGAStrategy as DeepGAStrategy
