@@ -1,0 +1,15 @@
+from .embedded_step import EmbeddedStep as EmbeddedStep
+from .embedded_step import embedded_step as embedded_step
+from .local_error import local_error as local_error
+from .local_error import stiffness as stiffness
+from .neural_ode import NeuralODE as NeuralODE
+from .solve_error import SolveError as SolveError
+from .solve_record import SolveRecord as SolveRecord
+from .tableau import ADAPTIVE_HEUN as ADAPTIVE_HEUN
+from .tableau import BOSH3 as BOSH3
+from .tableau import DOPRI5 as DOPRI5
+from .tableau import FEHLBERG2 as FEHLBERG2
+from .tableau import FEHLBERG45 as FEHLBERG45
+from .tableau import TSIT5 as TSIT5
+from .tableau import Tableau as Tableau
+from .tableau import find_tableau as find_tableau
