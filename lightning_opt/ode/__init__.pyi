@@ -1,10 +1,19 @@
+from .coefficient import coefficient as coefficient
 from .embedded_step import EmbeddedStep as EmbeddedStep
 from .embedded_step import embedded_step as embedded_step
+from .global_regularization import global_regularization as global_regularization
 from .local_error import local_error as local_error
 from .local_error import stiffness as stiffness
+from .local_regularization import Place as Place
+from .local_regularization import local_regularization as local_regularization
+from .local_regularization import local_term as local_term
+from .local_regularization import sample_place as sample_place
 from .neural_ode import NeuralODE as NeuralODE
 from .solve_error import SolveError as SolveError
+from .solve_ode import first_step_size as first_step_size
+from .solve_ode import solve_ode as solve_ode
 from .solve_record import SolveRecord as SolveRecord
+from .steer import steer_end as steer_end
 from .tableau import ADAPTIVE_HEUN as ADAPTIVE_HEUN
 from .tableau import BOSH3 as BOSH3
 from .tableau import DOPRI5 as DOPRI5
@@ -13,3 +22,5 @@ from .tableau import FEHLBERG45 as FEHLBERG45
 from .tableau import TSIT5 as TSIT5
 from .tableau import Tableau as Tableau
 from .tableau import find_tableau as find_tableau
+from .taynode import second_derivative as second_derivative
+from .taynode import taynode_regularization as taynode_regularization
