@@ -92,7 +92,12 @@ class CoupledOscillators(SplitDataModule):
         for name, size in sizes.items():
             check_interval(name, size, 2 if name == "num_times" else 1)
         check_interval("frequency", frequency, 0, closed="()")
-        for name, number in {"coupling": coupling, "damping": damping, "noise": noise, "split_seed": split_seed}.items():
+        for name, number in {
+            "coupling": coupling,
+            "damping": damping,
+            "noise": noise,
+            "split_seed": split_seed,
+        }.items():
             check_interval(name, number, 0)
         check_interval("time_rate", time_rate, 0, 1)
         check_interval("channel_rate", channel_rate, 0, 1)

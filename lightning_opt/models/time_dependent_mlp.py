@@ -5,7 +5,9 @@ from lightning_opt._checks import check_interval
 from lightning_opt.registry import register
 
 
-@register("module", summary="Multilayer perceptron with tanh that reads the time before every layer", paper="2303.02262")
+@register(
+    "module", summary="Multilayer perceptron with tanh that reads the time before every layer", paper="2303.02262"
+)
 class TimeDependentMLP(nn.Module):
     """Dynamics of a neural ODE: layers with tanh between, each of which also reads the time as one more input.
 
