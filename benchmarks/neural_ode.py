@@ -36,7 +36,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from _fits import quiet_trainer
 from _grid import Key, Row, process_pool, run_missing, whole_splits
@@ -78,7 +77,7 @@ SETTINGS: dict[str, Any] = {
     "train_size": 10_000,
 }
 DATA: dict[str, Any] = {"digits": Digits, "mnist": MNIST, "fashion_mnist": FashionMNIST}
-LOCAL = [("error", [0.05, 0.2, 1.0, 5.0], 0.4), ("stiffness", [0.01, 0.1, 1.0], 1.0)]
+LOCAL = [("error", [0.05, 0.2, 0.5, 1.0, 5.0], 0.4), ("stiffness", [0.01, 0.1, 1.0], 1.0)]
 METHODS: dict[str, dict[str, Any]] = {
     "vanilla": {"kind": "none", "coeffs": [0.0]},
     **{
@@ -343,7 +342,9 @@ def write(rows: dict[Key, Row]) -> None:
 
 
 def _settings() -> dict[str, Any]:
-    return json.loads(json.dumps({**SETTINGS, "methods": METHODS}))
+    """What a run depends on; more coefficients or rates leave those that are there as they are."""
+    methods = {name: {k: v for k, v in own.items() if k != "coeffs"} for name, own in METHODS.items()}
+    return json.loads(json.dumps({**{k: v for k, v in SETTINGS.items() if k != "rates"}, "methods": methods}))
 
 
 def smoke() -> None:

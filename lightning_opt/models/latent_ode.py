@@ -30,7 +30,8 @@ class LatentODE(pl.LightningModule):
     gives them. Draws depend on ``seed``, the step and the rank alone: no global random state is used.
 
     Logs ``train/loss`` and ``train/kl`` by step; ``val/loss``, ``val/mse`` (of observed values), ``val/nfe`` (function
-    evaluations of a batch) by epoch, and the same of ``test``. Prediction gives the channels ``[B, T, C]`` at all times.
+    evaluations of a batch) by epoch, and the same of ``test``. Prediction gives the channels ``[B, T, C]`` at all
+    times.
 
     Source: Rubanova, Chen, Duvenaud (arXiv 1907.03907), with the encoder, likelihood and annealing that arXiv
     2303.02262 trains on Physionet.
