@@ -8,6 +8,7 @@ from . import data as data
 from . import diffusion as diffusion
 from . import metrics as metrics
 from . import models as models
+from . import ode as ode
 from . import optim as optim
 from . import registry as registry
 from . import schedules as schedules

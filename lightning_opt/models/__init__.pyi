@@ -3,5 +3,8 @@ from .char_gpt import CharGPT as CharGPT
 from .classifier import Classifier as Classifier
 from .gymnasium_policy import GymnasiumPolicy as GymnasiumPolicy
 from .language_model import LanguageModel as LanguageModel
+from .latent_ode import LatentODE as LatentODE
 from .mlp import MLP as MLP
+from .neural_ode_classifier import NeuralODEClassifier as NeuralODEClassifier
 from .resnet import ResNet as ResNet
+from .time_dependent_mlp import TimeDependentMLP as TimeDependentMLP
