@@ -3,6 +3,10 @@ from .embedded_step import embedded_step as embedded_step
 from .local_error import local_error as local_error
 from .local_error import stiffness as stiffness
 from .neural_ode import NeuralODE as NeuralODE
+from .neural_sde import NeuralSDE as NeuralSDE
+from .sde_step import euler_heun_step as euler_heun_step
+from .sde_step import sri_step as sri_step
+from .sde_step import step_doubling as step_doubling
 from .solve_error import SolveError as SolveError
 from .solve_record import SolveRecord as SolveRecord
 from .tableau import ADAPTIVE_HEUN as ADAPTIVE_HEUN
