@@ -64,19 +64,17 @@ def embedded_step(
         >>> f"{step.y1.item() - math.exp(-0.1):.0e} {step.error.item():.0e}"
         '6e-11 -4e-09'
     """
-    c, a, b, error = tableau.floats
-    t = torch.as_tensor(t, dtype=y.dtype, device=y.device)
+    c, a, b, _ = tableau.floats
     size = _beside(dt, y) if isinstance(dt, Tensor) else dt
-    flat_dt = dt.to(y) if isinstance(dt, Tensor) else dt
-    stages = [func(t, y) if first is None else first]
+    stages = [func(time_in(t, y), y) if first is None else first]
     argument, before = y, None
     for node, row in zip(c[1:], a[1:], strict=True):
         before, argument = argument, combine(y, stages, row, size)
-        stages.append(func(t + node * flat_dt, argument))
+        stages.append(func(time_in(t + node * dt, y), argument))
     y1 = argument if tableau.first_same_as_last else combine(y, stages, b, size)
     wide = torch.promote_types(y.dtype, torch.float32)
-    estimate = combine(None, [stage.to(wide) for stage in stages], error, size)
-    return EmbeddedStep(y1, estimate, tuple(stages), before)
+    error = combine(None, [stage.to(wide) for stage in stages], tableau.floats[3], size)
+    return EmbeddedStep(y1, error, tuple(stages), before)
 
 
 def combine(start: Tensor | None, stages: Sequence[Tensor], weights: Sequence[float], size: Tensor | float) -> Tensor:
@@ -93,6 +91,11 @@ def combine(start: Tensor | None, stages: Sequence[Tensor], weights: Sequence[fl
     for w, k in terms:
         result = torch.add(result, k, alpha=w * size)
     return result
+
+
+def time_in(t: Tensor | float, y: Tensor) -> Tensor:
+    """A time as the dynamics get it: in the state's precision and on its device."""
+    return t.to(y) if isinstance(t, Tensor) else torch.full((), t, dtype=y.dtype, device=y.device)
 
 
 def _beside(dt: Tensor, y: Tensor) -> Tensor:

@@ -11,12 +11,16 @@ from torch import Tensor, nn
 from lightning_opt._checks import check_choice, check_interval
 from lightning_opt.registry import register
 
+from ._adjoint import Problem, solve_with_adjoint
 from ._torchdiffeq import ADAPTIVE, METHODS, solve_by_torchdiffeq
 from .embedded_step import EmbeddedStep, embedded_step
-from .solve_record import SolveRecord
+from .solve_ode import first_step_size, solve_ode
+from .solve_record import Counted, SolveRecord
 from .tableau import TABLEAUS, TSIT5, Tableau
 
-Solver = Literal["torchdiffeq"]
+Solver = Literal["auto", "lightning_opt", "torchdiffeq"]
+SHORT = (torch.float16, torch.bfloat16)
+OURS = ("tsit5", "dopri5", "bosh3")
 
 
 @register("module", summary="Neural ODE layer that counts evaluations and remembers its steps", paper="2303.02262")
@@ -30,17 +34,19 @@ class NeuralODE(nn.Module):
 
     **Block protocol.** What :class:`lightning_opt.callbacks.LocalODERegularization` asks of a block, this one, a
     ``NeuralSDE`` or your own module: ``func``, ``rtol``, ``atol``, :attr:`last_solve` (a :class:`SolveRecord` whose
-    states are there in training mode), :attr:`adaptive`, :attr:`estimates`, and :meth:`step`.
+    states are there in training mode), :attr:`adaptive`, :attr:`estimates`, :meth:`step`, :meth:`first_step_size`.
 
     Args:
         func: A module with ``forward(t, y)``: the derivative of the state ``[batch, ...]`` at a 0-dim time.
         t_span: Start and end; decreasing times integrate backward in time.
-        method: A method of torchdiffeq.
+        method: ``"tsit5"``, ``"dopri5"`` or ``"bosh3"`` of our own solver, or any of torchdiffeq.
         rtol: Relative tolerance.
         atol: Absolute tolerance.
         adjoint: Get the gradient from the adjoint equation, solved backward with the same method and tolerances, in
             constant memory, instead of from the steps.
         max_steps: Accepted and rejected steps that a solve may take.
+        solver: Whose implementation; ``"auto"`` takes our own where it has the method, which is several times faster
+            (``benchmarks/ode_solver.py``), else torchdiffeq's.
         options: Of torchdiffeq's solver, such as ``{"step_size": 0.1}``.
 
     Attributes:
@@ -73,11 +79,12 @@ class NeuralODE(nn.Module):
         func: nn.Module,
         *,
         t_span: Sequence[float] = (0.0, 1.0),
-        method: str = "dopri5",
+        method: str = "tsit5",
         rtol: float = 1e-6,
         atol: float = 1e-6,
         adjoint: bool = False,
         max_steps: int = 10_000,
+        solver: Solver = "auto",
         options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -85,21 +92,27 @@ class NeuralODE(nn.Module):
         check_interval("rtol", rtol, 0)
         check_interval("atol", atol, 0, closed="()")
         check_interval("max_steps", max_steps, 1)
-        check_choice("method", method, METHODS)
+        check_choice("solver", solver, ("auto", "lightning_opt", "torchdiffeq"))
+        known = {"auto": dict.fromkeys((*OURS, *METHODS)), "lightning_opt": OURS, "torchdiffeq": METHODS}
+        check_choice("method", method, known[solver])
+        if solver == "auto":
+            solver = "lightning_opt" if method in OURS else "torchdiffeq"
+        if solver == "lightning_opt" and options:
+            raise ValueError(f"options are for torchdiffeq's solver, and {method} is run by our own, got {options}")
         t_span = tuple(float(t) for t in t_span)
         if len(t_span) != 2 or not all(map(math.isfinite, t_span)) or t_span[0] == t_span[1]:
             raise ValueError(f"t_span must be two different finite times, got {t_span}")
         self.func = func
         self.t_span: tuple[float, ...] = t_span
         self.method, self.rtol, self.atol, self.adjoint = method, rtol, atol, adjoint
-        self.max_steps, self.options = max_steps, dict(options or {})
+        self.max_steps, self.solver, self.options = max_steps, solver, dict(options or {})
         self.keep_graph = False
         self.last_solve: SolveRecord | None = None
 
     @property
     def adaptive(self) -> bool:
         """Whether the solver chooses its steps by an error estimate."""
-        return self.method in ADAPTIVE
+        return self.method in (*OURS, *ADAPTIVE)
 
     @property
     def tableau(self) -> Tableau:
@@ -111,13 +124,16 @@ class NeuralODE(nn.Module):
         points = self._points(times)
         if not isinstance(y0, Tensor) or not y0.is_floating_point():
             raise ValueError(f"the state must be one floating-point tensor, got {_kind(y0)}")
+        if any(p.dtype in SHORT for p in self.func.parameters()):
+            raise ValueError("the dynamics have parameters of 16 bits, too few for an error estimate; keep them in 32")
         with torch.autocast(y0.device.type, enabled=False):
-            y0 = y0.float() if y0.dtype in (torch.float16, torch.bfloat16) else y0
+            y0 = y0.float() if y0.dtype in SHORT else y0
             keeps = self.training and torch.is_grad_enabled()
             record = SolveRecord(points[0], points[-1])
             self.last_solve = record
-            states = solve_by_torchdiffeq(self, y0, points, record, keeps)
-        return states[-1] if times is None else states
+            solve = self._solve if self.solver == "lightning_opt" else self._solve_by_torchdiffeq
+            states = solve(y0, points, record, keeps)
+        return states[-1] if times is None else torch.stack(states)
 
     def step(
         self,
@@ -139,11 +155,33 @@ class NeuralODE(nn.Module):
         with torch.autocast(y.device.type, enabled=False):
             return embedded_step(self.func, t, y, dt, tableau or self.tableau)
 
+    def first_step_size(self, t: float, y: Tensor, span: float, rtol: float, atol: float) -> float:
+        """The step that a solver would begin with in ``(t, t + span)``; see :func:`first_step_size`."""
+        with torch.autocast(y.device.type, enabled=False):
+            return first_step_size(self.func, t, y, span, self.tableau, rtol, atol)
+
     def extra_repr(self) -> str:
         """For ``repr``."""
         return (
-            f"t_span={self.t_span}, method={self.method!r}, rtol={self.rtol}, atol={self.atol}, adjoint={self.adjoint}"
+            f"t_span={self.t_span}, method={self.method!r}, solver={self.solver!r}, rtol={self.rtol},"
+            f" atol={self.atol}, adjoint={self.adjoint}"
         )
+
+    def _solve(self, y0: Tensor, points: list[float], record: SolveRecord, keeps: bool) -> list[Tensor]:
+        func = Counted(self.func, record)
+        common: dict[str, Any] = {"tableau": self.tableau, "rtol": self.rtol, "atol": self.atol}
+        common["max_steps"] = self.max_steps
+        if self.adjoint and torch.is_grad_enabled():
+            states = solve_with_adjoint(Problem(func, points, **common), y0, keep_states=keeps)
+        else:
+            states = solve_ode(
+                func, y0, points, **common, record=record, keep_states=keeps, keep_graph=keeps and self.keep_graph
+            )
+        func.backward_pass = True
+        return states
+
+    def _solve_by_torchdiffeq(self, y0: Tensor, points: list[float], record: SolveRecord, keeps: bool) -> list[Tensor]:
+        return list(solve_by_torchdiffeq(self, y0, points, record, keeps))
 
     def _points(self, times: Tensor | Sequence[float] | None) -> list[float]:
         if times is None:
