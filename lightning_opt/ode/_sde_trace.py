@@ -15,7 +15,7 @@ import torchsde
 from torch import Tensor, nn
 
 from .solve_error import SolveError
-from .solve_record import SolveRecord
+from .solve_record import SolveRecord, kept
 
 
 @dataclasses.dataclass
@@ -47,17 +47,26 @@ class Trace:
         record: Of the solve.
         adaptive: Whether the solver takes three steps an attempt, forward and backward.
         keep_states: Whether the states at the starts are wanted.
+        keep_graph: Whether they are wanted with their graph.
         max_steps: Attempts, in either direction.
         reversible: Whether the solver is the reversible Heun method, whose drift is evaluated at the end of a step, at
             an auxiliary state beside the solution.
     """
 
     def __init__(
-        self, record: SDESolveRecord, *, adaptive: bool, keep_states: bool, max_steps: int, reversible: bool
+        self,
+        record: SDESolveRecord,
+        *,
+        adaptive: bool,
+        keep_states: bool,
+        keep_graph: bool,
+        max_steps: int,
+        reversible: bool,
     ) -> None:
         self.record = record
         self.parts = 3 if adaptive else 1
-        self.keep_states, self.max_steps, self.reversible = keep_states, max_steps, reversible
+        self.keep_states, self.keep_graph = keep_states, keep_graph
+        self.max_steps, self.reversible = max_steps, reversible
         self.backward = False
         self._asked = 0
         self._current: Attempt | None = None
@@ -92,10 +101,11 @@ class Trace:
         """The solver asks for the drift."""
         if not self.keep_states or self.backward:
             return
-        self._last_drift = (t, y.detach())
+        y = kept(y, self.keep_graph)
+        self._last_drift = (t, y)
         current = self._current
         if current is not None and current.state is None and t == current.start and not self.reversible:
-            current.state = y.detach()
+            current.state = y
 
     def segment_done(self) -> None:
         """The last attempt reached its end, so that it was accepted."""
@@ -169,7 +179,7 @@ class TracedNoise(torchsde.BaseBrownian):
     def __init__(self, noise: Any, trace: Trace) -> None:
         self._noise, self._trace = noise, trace
 
-    def __call__(self, ta: Any, tb: Any = None, return_U: bool = False, return_A: bool = False) -> Any:  # noqa: D102
+    def __call__(self, ta: Any, tb: Any = None, return_U: bool = False, return_A: bool = False) -> Any:
         self._trace.increment_asked(float(ta), float(tb))
         wanted = {"return_U": return_U, "return_A": return_A}
         return self._noise(ta, tb, **{name: True for name, value in wanted.items() if value})
@@ -183,4 +193,4 @@ class TracedNoise(torchsde.BaseBrownian):
     levy_area_approximation = property(lambda self: self._noise.levy_area_approximation)
 
 
-_RECENT = 12  # as many as an attempt of srk makes, so that a rejected one gives its start to the next
+_RECENT = 24  # twice what an attempt of srk evaluates: a rejected one gives its start to the next

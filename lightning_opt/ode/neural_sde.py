@@ -67,6 +67,7 @@ class NeuralSDE(nn.Module):
         seed: Of the noise.
 
     Attributes:
+        keep_graph: Keep the states in :attr:`last_solve` with their graph, for :func:`global_regularization`.
         last_solve: A :class:`SDESolveRecord`. Its states are there in training mode.
         solves: Solves in training so far, a buffer.
 
@@ -151,6 +152,7 @@ class NeuralSDE(nn.Module):
         self.adaptive, self.dt, self.rtol, self.atol = adaptive, dt, rtol, atol
         self.adjoint, self.adjoint_method, self.estimate = adjoint, adjoint_method, estimate
         self.max_steps, self.options, self.seed = max_steps, dict(options or {}), seed
+        self.keep_graph = False
         self.last_solve: SDESolveRecord | None = None
         self.solves: Tensor
         self.register_buffer("solves", torch.zeros((), dtype=torch.int64))
@@ -198,19 +200,21 @@ class NeuralSDE(nn.Module):
             y: State at its start ``[batch, dim]``.
             dt: Its size, positive.
             tableau: Must be None: the pair is that of ``method`` and ``estimate``.
-            generator: Where the seed of the Brownian path is drawn from; None takes that of evaluation.
+            generator: Where the seed of the Brownian path is drawn from; None makes it of ``seed``, :attr:`solves` and
+                the time.
 
         Raises:
             ValueError: For a tableau.
         """
         if tableau is not None:
             raise ValueError(f"a NeuralSDE takes its error from its own solver, {self.method!r}, not from a tableau")
-        entropy: Any = (self.seed, 0)
-        if generator is not None:
-            draw = torch.randint(2**62, (), generator=generator, device=generator.device)
-            entropy = (self.seed, 2, int(draw))
         with torch.autocast(y.device.type, enabled=False):
             start, end = _times(t, dt, y)
+            if generator is None:
+                entropy = (self.seed, 2, int(self.solves), int(start * 2**40) % 2**62)
+            else:
+                draw = torch.randint(2**62, (), generator=generator, device=generator.device)
+                entropy = (self.seed, 3, int(draw))
             noise = self._noise(y, start, end, entropy)
             if self.estimate == "embedded" and self.method == "srk":
                 return sri_step(self.drift, self.diffusion, t, y, dt, *noise(start, end, return_U=True))
@@ -218,6 +222,10 @@ class NeuralSDE(nn.Module):
                 return euler_heun_step(self.drift, self.diffusion, t, y, dt, noise(start, end))
             sde = TracedSDE(self.drift, self.diffusion, self.noise_type, self.sde_type)
             return step_doubling(sde, t, y, dt, noise, self.method, self.options)
+
+    def first_step_size(self, t: float, y: Tensor, span: float, rtol: float, atol: float) -> float:
+        """The step that a solve begins with in ``(t, t + span)``: ``dt``, cut to the span."""
+        return min(self.dt, span)
 
     def extra_repr(self) -> str:
         """For ``repr``."""
@@ -232,6 +240,7 @@ class NeuralSDE(nn.Module):
             record,
             adaptive=self.adaptive,
             keep_states=self.training and torch.is_grad_enabled(),
+            keep_graph=self.keep_graph and not self.adjoint,
             max_steps=self.max_steps,
             reversible=self.method == "reversible_heun",
         )
@@ -316,7 +325,7 @@ class NeuralSDE(nn.Module):
         return points
 
     def _check_elementwise(self, y: Tensor, t: float) -> None:
-        """Where torchsde relies on it: of an elementwise function, a vector times the Jacobian is times its diagonal."""
+        """Where torchsde relies on it; a vector times the Jacobian of such a function is that times the diagonal."""
         by_adjoint = self.sde_type == "ito" and self.adjoint and torch.is_grad_enabled()
         by_method = self.sde_type == "stratonovich" and self.method == "milstein"
         if self.noise_type != "diagonal" or not (by_adjoint or by_method):
