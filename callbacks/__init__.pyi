@@ -1,8 +1,11 @@
+from ._ode_regularizer import ode_regularization as ode_regularization
 from ._report_panel import Panel as Panel
 from .adaptive_batch_size import AdaptiveBatchSize as AdaptiveBatchSize
 from .dale_law_monitor import DaleLawMonitor as DaleLawMonitor
+from .global_ode_regularization import GlobalODERegularization as GlobalODERegularization
 from .grad_norm_recorder import GradNormRecorder as GradNormRecorder
 from .lanczos_lr_learner import LanczosLRLearner as LanczosLRLearner
+from .local_ode_regularization import LocalODERegularization as LocalODERegularization
 from .optimizer_monitor import OptimizerMonitor as OptimizerMonitor
 from .resume_state import ResumeState as ResumeState
 from .run_report import RunReport as RunReport
@@ -10,3 +13,5 @@ from .sample_grid import SampleGrid as SampleGrid
 from .schedule_check import ScheduleCheck as ScheduleCheck
 from .stability_booster import StabilityBooster as StabilityBooster
 from .stability_monitor import StabilityMonitor as StabilityMonitor
+from .steer import STEER as STEER
+from .taynode import TayNODE as TayNODE

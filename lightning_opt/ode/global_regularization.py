@@ -72,11 +72,18 @@ def global_regularization(
     return values.mean() if reduction == "mean" else values.sum()
 
 
-def check_graph(block: Any) -> None:
-    """Raise ``ValueError`` unless the states of the last solve can be differentiated."""
+def check_differentiable(block: Any) -> None:
+    """Raise ``ValueError`` for a block whose solve cannot be differentiated step by step."""
+    if not hasattr(block, "keep_graph"):
+        raise ValueError(f"{type(block).__name__} keeps no graph of its steps")
     if getattr(block, "adjoint", False):
         raise ValueError(
-            "global regularization differentiates through the steps of the solver: build the block with adjoint=False"
+            "the term is differentiated through the steps of the solver: build the block with adjoint=False"
         )
+
+
+def check_graph(block: Any) -> None:
+    """Raise ``ValueError`` unless the states of the last solve can be differentiated."""
+    check_differentiable(block)
     if not block.keep_graph:
         raise ValueError("set keep_graph of the block to True before its forward pass")

@@ -154,11 +154,8 @@ def sample_place(
     check_choice("sampling", sampling, ("unbiased", "biased"))
     check_dt(dt)
     record = recorded(block)
-    if dt == "accepted" and not block.adaptive:
-        raise ValueError(
-            f"a solver of fixed steps ({getattr(block, 'method', type(block).__name__)}) accepts no step by an error:"
-            " take an adaptive method, or give dt a number"
-        )
+    if dt == "accepted":
+        check_adaptive(block)
     if draw is None:
         draw = torch.rand((), generator=generator, dtype=torch.float64).item()
     if sampling == "biased":
@@ -236,6 +233,15 @@ def check_estimate(block: Any, estimate: str, tableau: Tableau | None = None) ->
                 " evaluation, so that they are no differential equation and a step has no error: draw one mask a solve,"
                 " or put the dropout outside of the block"
             )
+
+
+def check_adaptive(block: Any) -> None:
+    """Raise ``ValueError`` unless the solver of a block accepts its steps by an error estimate."""
+    if not block.adaptive:
+        raise ValueError(
+            f"the solver takes fixed steps (method {getattr(block, 'method', None)!r}), so that none is accepted by its"
+            " error: take an adaptive method such as 'tsit5', or give dt a number"
+        )
 
 
 def check_dt(dt: Any) -> None:

@@ -1,6 +1,7 @@
 """A neural ordinary differential equation as a layer that tells what its solver does."""
 
 import inspect
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -30,7 +31,8 @@ class NeuralODE(nn.Module):
     After every call :attr:`last_solve` tells the evaluations, exactly, forward and backward, and the accepted steps.
 
     The solve runs in the state's precision, in float32 at least, also under autocast: the error estimate of an
-    adaptive step is a difference that 16 bits do not resolve.
+    adaptive step is a difference that 16 bits do not resolve. It is not compiled, since its steps depend on the data;
+    compile ``func``.
 
     **Block protocol.** What :class:`lightning_opt.callbacks.LocalODERegularization` asks of a block, this one, a
     ``NeuralSDE`` or your own module: ``func``, ``rtol``, ``atol``, :attr:`last_solve` (a :class:`SolveRecord` whose
@@ -50,6 +52,7 @@ class NeuralODE(nn.Module):
         options: Of torchdiffeq's solver, such as ``{"step_size": 0.1}``.
 
     Attributes:
+        end_shift: In training the last time is later by this; :class:`lightning_opt.callbacks.STEER` sets it.
         keep_graph: Keep in :attr:`last_solve` states and steps with their graph, for :func:`global_regularization`.
 
     Raises:
@@ -106,6 +109,7 @@ class NeuralODE(nn.Module):
         self.t_span: tuple[float, ...] = t_span
         self.method, self.rtol, self.atol, self.adjoint = method, rtol, atol, adjoint
         self.max_steps, self.solver, self.options = max_steps, solver, dict(options or {})
+        self.end_shift = 0.0
         self.keep_graph = False
         self.last_solve: SolveRecord | None = None
 
@@ -119,6 +123,7 @@ class NeuralODE(nn.Module):
         """The pair that the solver runs; that of Tsitouras where it is none of ours."""
         return TABLEAUS.get(self.method, TSIT5)
 
+    @torch.compiler.disable(recursive=True)
     def forward(self, y0: Tensor, times: Tensor | Sequence[float] | None = None) -> Tensor:
         """The state at the end of ``t_span``, or at each of ``times``, the first of which is where it starts."""
         points = self._points(times)
@@ -184,10 +189,11 @@ class NeuralODE(nn.Module):
         return list(solve_by_torchdiffeq(self, y0, points, record, keeps))
 
     def _points(self, times: Tensor | Sequence[float] | None) -> list[float]:
-        if times is None:
-            return list(self.t_span)
-        points = [float(t) for t in (times.tolist() if isinstance(times, Tensor) else times)]
-        steps = [b - a for a, b in zip(points, points[1:], strict=False)]
+        given = self.t_span if times is None else times.tolist() if isinstance(times, Tensor) else times
+        points = [float(t) for t in given]
+        if self.training:
+            points[-1:] = [t + self.end_shift for t in points[-1:]]
+        steps = [b - a for a, b in itertools.pairwise(points)]
         if not steps or not (all(s > 0 for s in steps) or all(s < 0 for s in steps)):
             raise ValueError(f"times must be two or more, strictly increasing or strictly decreasing, got {points}")
         return points

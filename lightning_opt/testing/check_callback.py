@@ -20,7 +20,7 @@ def check_callback(cls: type[pl.Callback], /, **kwargs: Any) -> Report:
 
     The registry tells what a callback promises beyond that: the capability ``"observer"`` that training is bit for bit
     the same with it and without, and that it waits for no device on steps that are not logged; ``log_prefix`` where its
-    logs go.
+    logs go; ``"ode"`` that it acts on layers that solve a differential equation, so that the problem has one.
 
     A callback that sets the learning rate, the batch size or the closure says so in its attribute ``owns``; Lightning's
     own are known. It must refuse another owner of the same, may refuse a schedule beside it (it is then tested without

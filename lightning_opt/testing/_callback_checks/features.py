@@ -21,6 +21,9 @@ from .subject import (
 def accumulates_gradients(subject: Subject) -> None:
     """Two micro-batches are trained on as one batch of twice the size, to rounding, as one step."""
     ordered = {"plain": True, "shuffle": False, "precision": "64-true"}
+    if subject.is_for_odes:  # the steps of a solver, so also its rounding, are those of a whole batch
+        require_trained(subject, subject.run_or_refuse(**ordered, batch_size=4, accumulate_grad_batches=2))
+        return
     if subject.owns:  # it may set another rate, or make other batches, when batches are halved
         _require_exact_steps(subject.run_or_refuse(**ordered))
         _require_exact_steps(subject.run_or_refuse(**ordered, batch_size=4, accumulate_grad_batches=2))
@@ -58,7 +61,7 @@ def trains_with_frozen_parameters(subject: Subject) -> None:
     """Works where a layer is frozen and the gradient of another is None."""
     outcome = subject.run_or_refuse(frozen=True)
     require_trained(subject, outcome)
-    untouched = Problem(frozen=True)
+    untouched = subject.problem(frozen=True)
     for name, p in untouched.named_parameters():
         if not p.requires_grad or name.startswith("unused"):
             require_equal(outcome.parameters[name], p.detach(), f"{name}, which is not trained")

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
+from lightning_opt.ode import NeuralODE
+
 
 class Problem(pl.LightningModule):
     """A small classifier with what a run may lose: dropout, BatchNorm, a schedule and Adam's state.
@@ -22,6 +24,7 @@ class Problem(pl.LightningModule):
         compiled: Compile the inner network.
         manual: Optimize by hand.
         scheduled: Have a schedule.
+        ode: Have a layer that solves a differential equation.
         adam: Train by Adam, where it is not plain; otherwise by SGD with momentum.
         fail_at: Raise ``error`` in this batch, counted from 0.
 
@@ -31,7 +34,7 @@ class Problem(pl.LightningModule):
         steps: For each optimizer step the number of batches that had begun, and the options of each group.
     """
 
-    options = ("plain", "groups", "frozen", "compiled", "manual", "scheduled", "adam", "fail_at")
+    options = ("plain", "groups", "frozen", "compiled", "manual", "scheduled", "adam", "ode", "fail_at")
 
     def __init__(
         self,
@@ -43,13 +46,15 @@ class Problem(pl.LightningModule):
         manual: bool = False,
         scheduled: bool = True,
         adam: bool = True,
+        ode: bool = False,
         fail_at: int | None = None,
     ) -> None:
         super().__init__()
         noise = [] if plain else [nn.BatchNorm1d(8), nn.Dropout(0.3)]
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            net = nn.Sequential(nn.Linear(6, 8), *noise, nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 3))
+            solve = [NeuralODE(_Dynamics(), method="bosh3", rtol=1e-2, atol=1e-2)] if ode else []
+            net = nn.Sequential(nn.Linear(6, 8), *noise, nn.Tanh(), *solve, nn.Linear(8, 8), nn.Linear(8, 3))
             self.unused = nn.Linear(2, 2) if frozen else None
         if frozen:
             net[-2].requires_grad_(False)
@@ -128,6 +133,18 @@ class Problem(pl.LightningModule):
     def _loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         inputs, labels = batch
         return nn.functional.cross_entropy(self(inputs), labels)
+
+
+class _Dynamics(nn.Module):
+    """Of the layer that solves a differential equation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        """The derivative of the state."""
+        return torch.tanh(self.linear(y)) * (1 + t)
 
 
 class WithoutLength(IterableDataset):

@@ -64,6 +64,11 @@ class Subject:
         """Whether training must be the same with and without it: so registered, and it sets nothing as it is built."""
         return self.entry is not None and "observer" in self.entry.capabilities and not self.owns
 
+    @property
+    def is_for_odes(self) -> bool:
+        """Whether it acts on layers that solve a differential equation."""
+        return self.entry is not None and "ode" in self.entry.capabilities
+
     @functools.cached_property
     def owns(self) -> frozenset[Possession]:
         """What it sets that nobody else may set."""
@@ -73,9 +78,12 @@ class Subject:
     def setting(self) -> dict[str, Any]:
         """The options of the problem that it is tested on.
 
-        A callback that sets the learning rate may refuse a schedule beside it, and Adam: then it is tested without.
+        A callback that sets the learning rate may refuse a schedule beside it, and Adam: then it is tested without. One
+        with the capability ``"ode"`` is tested on a module that solves a differential equation.
         """
         settings: list[dict[str, Any]] = [{}, {"scheduled": False}, {"scheduled": False, "adam": False}]
+        if self.is_for_odes:
+            return {"ode": True}
         for setting in settings if self.owns else []:
             try:
                 run(self.build(), **setting, max_steps=1, limit_val_batches=0)
