@@ -124,7 +124,7 @@ def test_the_global_regularizer_takes_every_accepted_step() -> None:
 def test_what_a_neural_sde_cannot_be_asked() -> None:
     with pytest.raises(ValueError, match="NeuralSDE has no estimate 'stiffness', only error"):
         local_regularization(solved(), estimate="stiffness")
-    with pytest.raises(ValueError, match=r"a solver of fixed steps \(srk\) accepts no step by an error"):
+    with pytest.raises(ValueError, match=r"fixed steps \(method 'srk'\), so that none is accepted"):
         local_regularization(solved(adaptive=False))
     with pytest.raises(ValueError, match="no solve with states"):
         local_regularization(NeuralSDE(Net(0), Net(1)))
