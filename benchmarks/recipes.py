@@ -31,6 +31,7 @@ from lightning_opt.metrics import frechet_distance
 MEASURES = {  # what a recipe is judged by: its words, its factor, its digits
     "accuracy": ("% test accuracy", 100, 1),
     "bits_per_character": ("bits per character of the test text", 1, 3),
+    "mse": ("mean squared error of test values", 1, 4),
     "frechet": ("Frechet distance of samples to test images", 1, 2),
 }
 
@@ -81,6 +82,7 @@ def run(name: str, seed: int) -> dict[str, float]:
     return {
         f"test_{judge}": results[f"test/{judge}"],
         "test_loss": results["test/loss"],
+        **{"test_nfe": results[name] for name in ("test/nfe",) if name in results},
         "train_seconds": timer.time_elapsed("train"),  # with its validation
         "steps": cli.trainer.global_step,
     }
@@ -123,9 +125,11 @@ def summary(runs: dict[str, dict[str, float]]) -> dict[str, Any]:
     """Mean and standard deviation over the seeds (0 for a single one)."""
     judge = next(name for name in MEASURES if f"test_{name}" in next(iter(runs.values())))
     values = [r[f"test_{judge}"] for r in runs.values()]
+    evaluations = [r["test_nfe"] for r in runs.values() if "test_nfe" in r]
     return {
         f"{judge}_mean": statistics.mean(values),
         f"{judge}_std": statistics.stdev(values) if len(runs) > 1 else 0.0,
+        **({"nfe_mean": statistics.mean(evaluations)} if evaluations else {}),
         "seconds_mean": statistics.mean(r["train_seconds"] for r in runs.values()),
         "steps": next(iter(runs.values()))["steps"],
         "runs": runs,
@@ -144,11 +148,12 @@ def write_header(path: Path, result: dict[str, Any]) -> None:
 
 
 def in_words(result: dict[str, Any]) -> str:
-    """For example ``99.3 ± 0.3 % test accuracy``."""
+    """For example ``99.3 ± 0.3 % test accuracy``; of a neural ODE also ``in 26 evaluations``."""
     judge, (unit, factor, digits) = next(item for item in MEASURES.items() if f"{item[0]}_mean" in result)
     mean, std = factor * result[f"{judge}_mean"], factor * result[f"{judge}_std"]
     spread = f" ± {std:.{digits}f}" if len(result["runs"]) > 1 else ""
-    return f"{mean:.{digits}f}{spread} {unit}"
+    evaluations = f" in {result['nfe_mean']:.0f} evaluations" if "nfe_mean" in result else ""
+    return f"{mean:.{digits}f}{spread} {unit}{evaluations}"
 
 
 def _without_header(text: str) -> str:

@@ -40,7 +40,12 @@ def test_the_header_is_complete(name: str) -> None:
     assert header["method"] in {entry.name for entry in registry.entries()}
 
 
-JUDGES = [("accuracy", 100, 1, "%"), ("frechet", 1, 2, "Frechet distance"), ("bits_per_character", 1, 3, "bits")]
+JUDGES = [
+    ("accuracy", 100, 1, "%"),
+    ("frechet", 1, 2, "Frechet distance"),
+    ("bits_per_character", 1, 3, "bits"),
+    ("mse", 1, 4, "mean squared error"),
+]
 
 
 @every_recipe
@@ -58,6 +63,8 @@ def test_the_measured_numbers_are_those_on_file(name: str) -> None:
     mean, std = (f"{factor * measured[f'{judge}_{part}']:.{digits}f}" for part in ("mean", "std"))
     value = f"{mean} ± {std} {unit}" if len(measured["runs"]) > 1 else f"{mean} {unit}"  # one run has no spread
     assert header["result"].startswith(value)
+    if "nfe_mean" in measured:
+        assert f" in {measured['nfe_mean']:.0f} evaluations" in header["result"]
     assert header["minutes"] == f"{measured['seconds_mean'] / 60:.1f}"
 
 

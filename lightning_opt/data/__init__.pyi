@@ -1,6 +1,7 @@
 from .char_text import CharText as CharText
 from .char_text import TinyShakespeare as TinyShakespeare
 from .content import CorruptDataError as CorruptDataError
+from .coupled_oscillators import CoupledOscillators as CoupledOscillators
 from .digits import Digits as Digits
 from .fetch import DataNotFoundError as DataNotFoundError
 from .idx import read_idx as read_idx
