@@ -154,7 +154,7 @@ class LocalODERegularization(ODERegularizer):
 
     def _warn_of_rounding(self, block: Any, dtype: torch.dtype) -> None:
         rtol, atol = (block.rtol if self.rtol is None else self.rtol), (block.atol if self.atol is None else self.atol)
-        if max(rtol, atol) < 10 * torch.finfo(dtype).eps and not self._warned:
+        if rtol + atol < 10 * torch.finfo(dtype).eps and not self._warned:
             self._warned = True
             rank_zero_warn(
                 f"LocalODERegularization: tolerances of {max(rtol, atol):g} are below ten roundings of {dtype}, so that"

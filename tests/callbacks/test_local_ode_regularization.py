@@ -286,8 +286,8 @@ def test_mixed_precision_leaves_solve_and_term_in_float32():
 
 
 def test_tolerances_below_rounding_are_warned_about():
-    with pytest.warns(UserWarning, match="tolerances of 1.4e-15 are below ten roundings of torch.float64"):
-        fit(Module(), LocalODERegularization(coeff=0.0, rtol=1.4e-15, atol=1.4e-15), logger=Rows())
+    with pytest.warns(UserWarning, match="tolerances of 1e-15 are below ten roundings of torch.float64"):
+        fit(Module(), LocalODERegularization(coeff=0.0, rtol=1e-15, atol=1e-15), logger=Rows())
 
 
 def test_a_strategy_that_shards_is_refused():
