@@ -78,9 +78,13 @@ def compressed_allreduce_hook(state: CompressionState, bucket: dist.GradBucket) 
             state.skip(finite)
         return buffer
 
-    work = dist.all_gather_into_tensor(gathered, payload, group=state.process_group, async_op=True)
+    work = _all_gather(gathered, payload, group=state.process_group, async_op=True)
     assert work is not None
     return work.get_future().then(finish)
+
+
+# torch 2.13 gave it a new name, and deprecates the old one
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def _names(state: CompressionState, bucket: dist.GradBucket) -> list[str]:

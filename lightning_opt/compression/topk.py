@@ -104,7 +104,7 @@ def top(vector: Tensor, k: int) -> Tensor:
         wanted = k / vector.numel() * len(sample)
         rank = math.ceil(wanted + 3 * math.sqrt(wanted) + 1)  # three standard deviations on the safe side
         passed = (size >= sample.topk(rank).values[-1]).nonzero().squeeze(1)
-        if len(passed) >= k:
+        if k <= len(passed) <= vector.numel() // 4:  # more where many entries are equal
             return passed.index_select(0, size.index_select(0, passed).topk(k, sorted=False).indices)
     return size.topk(k, sorted=False).indices
 
