@@ -5,7 +5,7 @@
     python benchmarks/recipes.py --write                          put the numbers into the recipes' headers
 
 A seed sets the initial weights and the order of the data. Every run is the command of the recipe's header, in this
-process. Finished seeds are kept in ``benchmarks/results/recipes/<name>.json`` and skipped, until the recipe changes.
+process; a recipe of several ranks starts this script again for each. Finished seeds are kept in ``benchmarks/results/recipes/<name>.json`` and skipped, until the recipe changes.
 """
 
 import argparse
@@ -15,12 +15,14 @@ import json
 import re
 import shlex
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from _runner import RESULTS, write_result
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_opt.callbacks import SampleGrid
 from lightning_opt.cli import LightningOptCLI
@@ -41,13 +43,14 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--write", action="store_true", help="write result and minutes into the recipes' headers")
     options = parser.parse_args()
+    sys.argv[0] = str(Path(sys.argv[0]).resolve())  # the other ranks are started from another folder
     names = options.names or recipe_names()
     results = {name: measure(name, options.seeds) for name in names}
     print(f"\n{'recipe':<32}{'on the test set':>42}{'seconds':>10}{'steps':>8}{'seeds':>7}")
     for name, result in results.items():
         cost = f"{result['seconds_mean']:>10.1f}{result['steps']:>8}{len(result['runs']):>7}"
         print(f"{name:<32}{in_words(result):>42}{cost}")
-        if options.write:
+        if options.write and rank_zero_only.rank == 0:
             write_header(recipe_path(name), result)
 
 
@@ -61,7 +64,8 @@ def measure(name: str, seeds: list[int]) -> dict[str, Any]:
     for seed in seeds:
         if str(seed) not in runs:
             runs[str(seed)] = run(name, seed)
-            write_result(f"recipes/{name}", {"recipe": name, "recipe_sha256": digest, **summary(runs)})
+            if rank_zero_only.rank == 0:
+                write_result(f"recipes/{name}", {"recipe": name, "recipe_sha256": digest, **summary(runs)})
     return summary({str(seed): runs[str(seed)] for seed in seeds})
 
 

@@ -22,7 +22,8 @@ def topk_pack(vector: Tensor, k: int) -> Tensor:
     it as are missing, the first ones.
 
     Args:
-        vector: Flat, contiguous, float32, fewer than 2^31 entries, on a CUDA device (on the CPU with ``TRITON_INTERPRET=1``).
+        vector: Flat, contiguous, float32, fewer than 2^31 entries, on a CUDA device (on the CPU with
+            ``TRITON_INTERPRET=1``).
         k: From 1 to the length of the vector.
 
     Returns:
