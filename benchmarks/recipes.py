@@ -5,7 +5,8 @@
     python benchmarks/recipes.py --write                          put the numbers into the recipes' headers
 
 A seed sets the initial weights and the order of the data. Every run is the command of the recipe's header, in this
-process; a recipe of several ranks starts this script again for each. Finished seeds are kept in ``benchmarks/results/recipes/<name>.json`` and skipped, until the recipe changes.
+process; a recipe of several ranks starts this script again for each. Finished seeds are kept in
+``benchmarks/results/recipes/<name>.json`` and skipped, until the recipe changes.
 """
 
 import argparse
