@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shlex
 import statistics
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write result and minutes into the recipes' headers")
     options = parser.parse_args()
     sys.argv[0] = str(Path(sys.argv[0]).resolve())  # the other ranks are started from another folder
+    os.chdir(Path(__file__).parent)  # which is gone when they have finished a fit
     names = options.names or recipe_names()
     results = {name: measure(name, options.seeds) for name in names}
     print(f"\n{'recipe':<32}{'on the test set':>42}{'seconds':>10}{'steps':>8}{'seeds':>7}")

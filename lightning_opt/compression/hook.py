@@ -64,6 +64,9 @@ def compressed_allreduce_hook(state: CompressionState, bucket: dist.GradBucket) 
     def finish(future: torch.futures.Future[Any]) -> Tensor:
         future.value()  # raises if the communication failed
         with torch.no_grad():
+            if gathered.is_cuda:  # this runs on a stream of its own, and the memory belongs to another
+                for tensor in (gathered, flat, *gradients):
+                    tensor.record_stream(torch.cuda.current_stream())
             rows = gathered.view(state.world_size, -1)
             finite = rows[:, 0].amin() > 0
             rows, factor = rows[:, 1:], scale
