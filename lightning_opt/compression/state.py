@@ -240,7 +240,9 @@ class CompressionState:
             mean = torch.zeros_like(gradient) if memory.mean_estimate is None else memory.mean_estimate
             shares = self.weights or [1 / self.world_size] * self.world_size
             self.compressor.add_all_(mean, words, shares, draws)
-        if memory is not None and memory.average is not None:
+        if memory is not None and self.momentum is not None:
+            if memory.average is None:  # the checkpoint was written without momentum
+                memory.average = gradient.clone()
             memory.average.copy_(gradient if finite is None else torch.where(finite, gradient, memory.average))
         return mean
 
@@ -430,6 +432,9 @@ class CompressionState:
                         f"the state of {name} has {tensor.numel()} elements, the parameter {parameters[name].numel()}"
                     )
                 setattr(memory, key, tensor.to(parameters[name].device, copy=True))
+            lacks = (self.method.estimate and memory.estimate is None) or (self.method.error and memory.error is None)
+            if lacks and parameters[name].numel() >= self.min_numel:  # it was below min_numel, and begins now
+                del self.memory[name]
         self.step = shared["step"]
         self.skipped = torch.tensor(shared["skipped"])
         if shared["world_size"] == self.world_size:  # H is the mean by the weights that it was made with
