@@ -4,8 +4,8 @@
     python benchmarks/recipes.py digits/quickstart --seeds 0 1    one of them
     python benchmarks/recipes.py --write                          put the numbers into the recipes' headers
 
-A seed sets the initial weights, the order of the data, and what a strategy draws. Every run is the command of the recipe's header, in this
-process. Finished seeds are kept in ``benchmarks/results/recipes/<name>.json`` and skipped, until the recipe changes.
+A seed sets the initial weights, the order of the data, and what a strategy draws. Every run is the command of the
+recipe's header, in this process, or in two that this one starts for a recipe of two ranks. Finished seeds are kept in ``benchmarks/results/recipes/<name>.json`` and skipped, until the recipe changes.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def run(name: str, seed: int) -> dict[str, float]:
     return {
         f"test_{judge}": results[f"test/{judge}"],
         "test_loss": results["test/loss"],
-        **{"test_nfe": results[name] for name in ("test/nfe",) if name in results},
+        **({"test_nfe": results["test/nfe"]} if "test/nfe" in results else {}),
         "train_seconds": timer.time_elapsed("train"),  # with its validation
         "steps": cli.trainer.global_step,
     }

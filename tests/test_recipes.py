@@ -84,6 +84,7 @@ def test_classes_go_by_their_public_path_and_the_module_takes_no_rate(name: str)
 
 @every_recipe
 @pytest.mark.filterwarnings("ignore:.*is more than the .* samples of an epoch")  # 40 images
+@pytest.mark.filterwarnings("ignore:.* has one rank and nobody to send gradients to")
 @pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary")
 @pytest.mark.filterwarnings("ignore:.*with one rank there is nothing to correct by")
 def test_one_batch_trains_and_tests(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,6 +115,8 @@ def test_one_batch_trains_and_tests(name: str, tmp_path: Path, monkeypatch: pyte
     else:
         assert judged > 0
     assert all(torch.isfinite(parameter).all() for parameter in cli.model.parameters())
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _write_images(data: type[IdxImages], folder: Path) -> None:
