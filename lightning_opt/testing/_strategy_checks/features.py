@@ -124,12 +124,12 @@ def decides_alike_without_a_logger(subject: Subject) -> None:
 
 @check
 def logs_under_its_prefix(subject: Subject) -> None:
-    """What it logs, on rank 0, is named ``<log_prefix>/<quantity>`` as registered."""
+    """What it logs, on rank 0, is named ``<log_prefix>/<quantity>``, by its class attribute."""
     ours = sorted({name for name, *_ in subject.outcome[0]["rows"]} - {"train/loss", "val/loss", "epoch"})
     if not ours:
         raise NotApplicable("it logs nothing")
-    prefix = subject.entry.log_prefix if subject.entry else ""
-    require(bool(prefix), f"it logs {ours[0]} and has no registered log_prefix")
+    prefix = getattr(subject.cls, "log_prefix", "")
+    require(bool(prefix), f"it logs {ours[0]} and has no log_prefix")
     wrong = [name for name in ours if not name.startswith(f"{prefix}/")]
     require(not wrong, f"it logs {', '.join(wrong)}, not under {prefix}/")
 

@@ -34,7 +34,7 @@ def fit(made_by: Strategies, options: dict[str, Any]) -> dict[str, Any]:
         made_by: The class of the strategy and its arguments.
         options: For the problem and for the Trainer, and
 
-            - ``batch_size``, ``shuffle``, ``length``: of the data, whether their order is random, whether they have one;
+            - ``batch_size``, ``shuffle``, ``length``: of the data, whether in random order, whether they have one;
             - ``seed``: of the global random states;
             - ``folder``: save a checkpoint there behind each of the batches ``save_after``, and ``last.ckpt``;
             - ``ckpt_path``: resume from it;

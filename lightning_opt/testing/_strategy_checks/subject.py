@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import Strategy
 
-from lightning_opt import registry
-
 from .._callback_checks.subject import differences
 from .._ranks import TwoRanks
 from ..contract import ContractError, NotApplicable, require
@@ -34,11 +32,6 @@ class Subject:
     def build(self, **changes: Any) -> Strategy:
         """A new strategy."""
         return self.cls(**{**self.kwargs, **changes})
-
-    @functools.cached_property
-    def entry(self) -> registry.Entry | None:
-        """What the registry knows about the class."""
-        return next((entry for entry in registry.entries("strategy") if entry.target is self.cls), None)
 
     def both(self, function: Callable[..., Told], **options: Any) -> list[Told]:
         """What both ranks tell of ``function(strategy, options)``, errors and refusals included."""
