@@ -20,6 +20,10 @@ registry.load_all()
 
 # What a strategy does not do, or refuses in setup.
 NOT_APPLICABLE: dict[str, set[str]] = {
+    "CBOStrategy": {
+        *("accumulates_gradients", "trains_with_clipping", "trains_by_manual_optimization"),
+        "answers_unused_parameters",
+    },
     "FZooSStrategy": {
         *("accumulates_gradients", "trains_with_clipping", "trains_by_manual_optimization"),
         *("answers_unused_parameters", "agrees_about_a_loss_that_is_not_finite"),
