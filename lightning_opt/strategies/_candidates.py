@@ -8,12 +8,14 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_opt._lightning.probe import loss_of, untouched
 
 Vectorize = Literal["auto", "always", "never"]
-CACHE = 2**20  # bytes of intermediate results that a chunk of candidates may have on a CPU, about one core's cache
-DEVICE = 2**30  # the same on an accelerator
+# bytes of intermediate results that a chunk of candidates may have: on a CPU about its last cache
+CHUNK_BYTES = {"cpu": 2**25}
+CHUNK_BYTES_ELSEWHERE = 2**30
 
 
 class FlatParameters:
@@ -98,6 +100,11 @@ class CandidateLoss:
         if len(points) == 0:
             return torch.empty(0, dtype=torch.promote_types(points.dtype, torch.float32), device=points.device)
         points = points.to(self._flat.device, self._flat.dtype)
+        if self._chunk is None and self._vectorize != "never":
+            with _CountBytes() as results:
+                self._losses(None, batch, batch_idx)
+            limit = CHUNK_BYTES.get(self._flat.device.type, CHUNK_BYTES_ELSEWHERE)
+            self._chunk = max(1, limit // max(results.bytes, 1))
         if self._vectorize == "auto":
             self._vectorize = self._try(points, batch, batch_idx)
         losses = self._at_once if self._vectorize == "always" else self._one_by_one
@@ -106,21 +113,35 @@ class CandidateLoss:
     def _try(self, points: Tensor, batch: Any, batch_idx: int) -> Vectorize:
         """Whether candidates can be evaluated at once, with the losses that they have one by one."""
         few = points[:2]
-        one_by_one = self._one_by_one(few, batch, batch_idx)
         try:
-            at_once = self._at_once(few, batch, batch_idx)
+            reason = self._difference(few, batch, batch_idx)
+            if reason and self._draws(batch, batch_idx):  # vmap draws other random numbers than a loop
+                with untouched(self._module, self._flat.device):
+                    self._module.eval()
+                    reason = self._difference(few, batch, batch_idx)
         except Exception as error:  # whatever vmap cannot do
             reason = str(error).partition("\n")[0]
-        else:
-            tolerance = 100 * torch.finfo(self._compute_dtype()).eps
-            if torch.allclose(at_once, one_by_one, rtol=tolerance, atol=tolerance, equal_nan=True):
-                return "always"
-            reason = f"the losses differ, {at_once.tolist()} and {one_by_one.tolist()}"
+        if not reason:
+            return "always"
         rank_zero_info(
             f"{type(self._strategy).__name__}: {type(self._module).__name__} is evaluated at one candidate after the"
             f" other, since torch.func.vmap cannot evaluate it at several: {reason}"
         )
         return "never"
+
+    def _difference(self, points: Tensor, batch: Any, batch_idx: int) -> str:
+        at_once, one_by_one = (losses(points, batch, batch_idx) for losses in (self._at_once, self._one_by_one))
+        tolerance = 100 * torch.finfo(self._compute_dtype()).eps
+        equal = torch.allclose(at_once, one_by_one, rtol=tolerance, atol=tolerance, equal_nan=True)
+        return "" if equal else f"the losses differ, {at_once.tolist()} and {one_by_one.tolist()}"
+
+    def _draws(self, batch: Any, batch_idx: int) -> bool:
+        device = self._flat.device
+        generators = torch if device.type == "cpu" else torch.get_device_module(device)
+        with untouched(self._module, device), torch.no_grad():
+            before = generators.get_rng_state()
+            loss_of(self._module, batch_idx=batch_idx)(batch)
+            return not torch.equal(before, generators.get_rng_state())
 
     def _compute_dtype(self) -> torch.dtype:
         with self._strategy.precision_plugin.train_step_context():
@@ -139,8 +160,8 @@ class CandidateLoss:
         return torch.stack(losses)
 
     def _at_once(self, points: Tensor, batch: Any, batch_idx: int) -> Tensor:
-        chunk = self._chunk or len(points)
-        return torch.cat([self._losses(some, batch, batch_idx) for some in points.split(chunk)])
+        assert self._chunk is not None
+        return torch.cat([self._losses(some, batch, batch_idx) for some in points.split(self._chunk)])
 
     def _losses(self, points: Tensor | None, batch: Any, batch_idx: int) -> Tensor:
         """The losses of points at once, or that of the module as it is."""
@@ -171,6 +192,19 @@ class _Called(nn.Module):
 
     def forward(self, batch: Any) -> Tensor:
         return self.function(batch)
+
+
+class _CountBytes(TorchDispatchMode):
+    """Adds up the bytes of the tensors that operations make, without views."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            made = [x for x in (result if isinstance(result, tuple | list) else [result]) if isinstance(x, Tensor)]
+            self.bytes += sum(tensor.nbytes for tensor in made)
+        return result
 
 
 def _wide(losses: Tensor) -> Tensor:
