@@ -4,3 +4,4 @@ from .ef14 import EF14Strategy as EF14Strategy
 from .ef21 import EF21Strategy as EF21Strategy
 from .naive_compression import NaiveCompressionStrategy as NaiveCompressionStrategy
 from .smoothness import estimate_smoothness as estimate_smoothness
+from .deep_ga import DeepGAStrategy as DeepGAStrategy
