@@ -5,3 +5,4 @@ from .ef21 import EF21Strategy as EF21Strategy
 from .naive_compression import NaiveCompressionStrategy as NaiveCompressionStrategy
 from .smoothness import estimate_smoothness as estimate_smoothness
 from .deep_ga import DeepGAStrategy as DeepGAStrategy
+from .fzoos import FZooSStrategy as FZooSStrategy
