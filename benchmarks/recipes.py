@@ -4,8 +4,9 @@
     python benchmarks/recipes.py digits/quickstart --seeds 0 1    one of them
     python benchmarks/recipes.py --write                          put the numbers into the recipes' headers
 
-A seed sets the initial weights, the order of the data, and what a strategy draws. Every run is the command of the recipe's header, in this
-process. Finished seeds are kept in ``benchmarks/results/recipes/<name>.json`` and skipped, until the recipe changes.
+A seed sets the initial weights, the order of the data, and what a strategy draws. Every run is the command of the
+recipe's header, in this process. Finished seeds are kept in ``benchmarks/results/recipes/<name>.json`` and skipped,
+until the recipe changes.
 """
 
 import argparse
