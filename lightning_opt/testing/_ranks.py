@@ -37,7 +37,7 @@ class TwoRanks:
         ['b', 'b']
     """
 
-    def __init__(self, timeout: float = 60, patience: float = 15) -> None:
+    def __init__(self, timeout: float = 180, patience: float = 30) -> None:
         self.timeout, self.patience = timeout, patience
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []

@@ -66,6 +66,7 @@ def test_the_documented_example_and_a_strategy_without_gradients(tmp_path):
     script = tmp_path / "example.py"
     script.write_text(definitions + MAIN)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
+    environment["RAY_raylet_start_wait_time_s"] = "300"  # on a busy machine
     done = subprocess.run(
         [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900
     )
