@@ -37,7 +37,7 @@ class CBOStrategy(GradientFreeStrategy):
     again; its memory is that of a few candidates.
 
     A run is the same on any number of ranks: bit for bit with hopping (on CPUs), and to rounding with particles. It
-    resumes bit for bit, also on another number of ranks.
+    resumes bit for bit, and at the end of an epoch on another number of ranks too.
 
     Logs ``cbo/best_loss`` (of the particles, in the last move), ``cbo/consensus_loss``, ``cbo/alpha``, ``cbo/sigma``,
     ``cbo/ess`` (how many particles the weights are worth), ``cbo/lost`` (candidates whose loss is not finite; they

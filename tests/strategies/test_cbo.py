@@ -25,7 +25,7 @@ pytestmark = [
 
 settings = {
     "CBOStrategy": [
-        {"n_particles": 16, "particle_batch": 8, "alpha_schedule": "ess", "process_group_backend": "gloo"},
+        {"n_particles": 8, "alpha_schedule": "ess", "process_group_backend": "gloo"},
         {"scheme": "hopping", "n_particles": 9, "sigma": 0.1},
     ]
 }
