@@ -4,11 +4,11 @@
     python benchmarks/deep_ga.py --draw                            # only the picture
 
 digits: the strategy on scikit-learn's digits, MLP 64-16-10, population 200, truncation 20, sigma 0.05, 150
-generations, three seeds. maze: ``DeceptiveMaze``, population 100, truncation 20, sigma 0.1, at most 200 generations, ten
-seeds, with novelty (k=15, archive probability 0.02) and without. targets: evaluations to a target on Sphere-100 and
+generations, three seeds. maze: ``DeceptiveMaze``, population 100, truncation 20, sigma 0.1, at most 200 generations,
+ten seeds, with novelty (k=15, archive probability 0.02) and without. targets: evaluations to a target on Sphere-100 and
 Rastrigin-20, ten seeds, with evotorch's ``GeneticAlgorithm`` at the same population and mutation power, parents not
-evaluated again. throughput: evaluations a second of the digits' population, paired with evotorch's vectorized evaluation
-of the same network in this process. The last two need ``pip install evotorch==0.6.1``.
+evaluated again. throughput: evaluations a second of the digits' population, paired with evotorch's vectorized
+evaluation of the same network in this process. The last two need ``pip install evotorch==0.6.1``.
 
 A part's results replace those on file in ``benchmarks/results/deep_ga.json``; the picture goes to
 ``docs/methods/img/deep-neuroevolution.png``.
