@@ -39,7 +39,12 @@ class StepClock(pl.Callback):
 
 
 def paired_fits(
-    fits: dict[str, Callable[[StepClock], Any]], rounds: int, *, warmup: int = 5, steps: int = 40
+    fits: dict[str, Callable[[Any], Any]],
+    rounds: int,
+    *,
+    warmup: int = 5,
+    steps: int = 40,
+    clock: Callable[[int, int], StepClock] = StepClock,
 ) -> dict[str, dict[str, list[float]]]:
     """Time fits in one process, one of each a round, in an order that turns by one every round.
 
@@ -48,6 +53,7 @@ def paired_fits(
         rounds: Timed fits of each; one of each runs before them.
         warmup: Steps of a fit before the clock starts.
         steps: Steps that are timed.
+        clock: Makes the clocks.
 
     Returns:
         Under ``"wall"`` and ``"cpu"`` for each name the seconds a step, by round, as ``ratio_summary`` takes them.
@@ -57,11 +63,11 @@ def paired_fits(
     for turn in range(-1, rounds):
         start = turn % len(names)
         for name in names[start:] + names[:start]:
-            clock = StepClock(warmup, steps)
-            fits[name](clock)
+            running = clock(warmup, steps)
+            fits[name](running)
             if turn >= 0:
-                times["wall"][name].append(clock.wall)
-                times["cpu"][name].append(clock.cpu)
+                times["wall"][name].append(running.wall)
+                times["cpu"][name].append(running.cpu)
     return times
 
 

@@ -31,8 +31,10 @@ from lightning_opt.cli import main as main_command
 from lightning_opt.cli.errors import import_class
 from lightning_opt.cli.recipes import recipe_header, recipe_names, recipe_path, recipe_runs
 from lightning_opt.metrics import frechet_distance
+from lightning_opt.testing._ranks import on_two_ranks
 
 MEASURES = {  # what a recipe is judged by: its words, its factor, its digits
+    "macro_f1": ("% test macro-F1", 100, 1),
     "accuracy": ("% test accuracy", 100, 1),
     "bits_per_character": ("bits per character of the test text", 1, 3),
     "frechet": ("Frechet distance of samples to test images", 1, 2),
@@ -65,7 +67,8 @@ def measure(name: str, seeds: list[int]) -> dict[str, Any]:
     file.parent.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
         if str(seed) not in runs:
-            runs[str(seed)] = run(name, seed)
+            devices = yaml.safe_load(recipe_path(name).read_text())["trainer"].get("devices", 1)
+            runs[str(seed)] = on_two_ranks(run_as_rank, (name, seed))[0] if devices == 2 else run(name, seed)
             write_result(f"recipes/{name}", {"recipe": name, "recipe_sha256": digest, **summary(runs)})
     return summary({str(seed): runs[str(seed)] for seed in seeds})
 
@@ -89,6 +92,11 @@ def run(name: str, seed: int) -> dict[str, float]:
         "train_seconds": timer.time_elapsed("train"),  # with its validation
         "steps": cli.trainer.global_step,
     }
+
+
+def run_as_rank(arguments: tuple[str, int]) -> dict[str, float]:
+    """The same on one of two ranks, for a recipe with two devices."""
+    return run(*arguments)
 
 
 def sample_distance(cli: LightningOptCLI) -> dict[str, float]:

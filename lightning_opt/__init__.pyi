@@ -1,6 +1,7 @@
 __version__: str
 from . import callbacks as callbacks
 from . import cli as cli
+from . import compression as compression
 from . import cpu_kernels as cpu_kernels
 from . import curvature as curvature
 from . import data as data

@@ -38,7 +38,10 @@ _SET_BY_LIBRARIES = {
 
 @pytest.fixture(autouse=True)
 def _leaves_nothing_behind() -> Iterator[None]:
-    """Fail a test that leaks environment variables, processes or torch settings; give each the same random state."""
+    """Fail a test that leaks environment variables, processes or torch settings; give each the same random state.
+
+    The processes of a ``TwoRanks`` may serve several tests; the fixture that holds it closes it.
+    """
     environment = dict(os.environ)
     settings = _torch_settings()
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
@@ -64,7 +67,7 @@ def _leaves_nothing_behind() -> Iterator[None]:
     torch.set_num_threads(settings["threads"])
     torch.use_deterministic_algorithms(settings["deterministic"])
     torch.set_grad_enabled(settings["gradients"])
-    children = multiprocessing.active_children()
+    children = [child for child in multiprocessing.active_children() if not child.name.startswith("TwoRanks")]
     for child in children:
         child.kill()
     assert not leaked, f"the test changed environment variables: {sorted(leaked)}"

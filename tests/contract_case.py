@@ -14,7 +14,7 @@ class Case:
     """A class, its settings, and what is known of it beforehand.
 
     Attributes:
-        cls: An optimizer, a scheduler or a callback.
+        cls: An optimizer, a scheduler, a callback or a strategy.
         kwargs: Its arguments.
         not_applicable: Checks of what it does not do, or refuses.
         failures: Promises that it breaks: the check, and what the check must find.

@@ -1,3 +1,4 @@
+from .calibrated_classifier import CalibratedClassifier as CalibratedClassifier
 from .char_gpt import CharGPT as CharGPT
 from .classifier import Classifier as Classifier
 from .gymnasium_policy import GymnasiumPolicy as GymnasiumPolicy

@@ -18,7 +18,7 @@ AlphaSchedule = Literal["constant", "double_per_epoch", "ess"]
 SigmaSchedule = Literal["constant", "log2", "decay"]
 
 BLOCK = 4096  # normal numbers drawn with one seed, about; part of what a run repeats bit for bit
-ROWS = 2**24  # numbers of candidates that consensus hopping holds at a time
+ROWS = 2**24  # numbers of candidates that are drawn, or added up, at a time
 INITIAL, MOVE, KICK, ORDER = range(4)  # streams of random numbers
 
 
@@ -318,9 +318,9 @@ class Swarm:
             rows = batch[places].to(self.particles.device) - self.own.start
             everyone = len(rows) == len(self.particles) and s.particle_batch is None
             points = self.particles if everyone else self.particles[rows]
-            values = self._gather(evaluate(points), places, len(batch))
+            values = self._gather(evaluate(points).double(), places, len(batch))
             weights, lost_now = self._weigh(values, epoch)
-            consensus = self._sum_over_ranks(_weighted_sum(weights[places], points))
+            consensus = self._sum_over_ranks(_weighted_sum(weights[places], points)).to(points.dtype)
             moved = (consensus - self.consensus).abs().max().item()
             stagnates = self.moves > 0 and moved < s.stagnation_tol
             self.consensus, lost = consensus, lost + lost_now
@@ -345,7 +345,7 @@ class Swarm:
         values = [
             evaluate(self.consensus + sigma * self._noise(some, MOVE)) for some in _pieces(self.own, max(1, ROWS // d))
         ]
-        own = torch.cat(values) if values else self.consensus.new_empty(0, dtype=torch.float32)
+        own = torch.cat([self.consensus.new_empty(0, dtype=torch.float64), *values])
         weights, lost = self._weigh(self._gather(own, list(self.own), n), epoch)
         # every rank draws the candidates of all again, those that count, and adds in one order
         hop = torch.zeros_like(self.consensus)
@@ -405,7 +405,7 @@ def consensus_point(points: Tensor, values: Tensor, alpha: float) -> Tensor:
         >>> consensus_point(torch.tensor([[0.0], [1.0]]), torch.tensor([0.0, torch.inf]), alpha=1.0)
         tensor([0.])
     """
-    return _weighted_sum(consensus_weights(values, alpha), points)
+    return _weighted_sum(consensus_weights(values, alpha), points).to(points.dtype)
 
 
 def consensus_weights(values: Tensor, alpha: float) -> Tensor:
@@ -489,10 +489,12 @@ def cbo_move_(
 
 
 def _weighted_sum(weights: Tensor, points: Tensor) -> Tensor:
-    counted = weights > 0  # 0 times infinity would be NaN
-    if not counted.all():
-        weights, points = weights[counted], points[counted]
-    return weights.to(points.dtype) @ points
+    """In float64, so that it hardly matters how the points are shared out over ranks."""
+    total = points.new_zeros(points.shape[1], dtype=torch.float64)
+    counted = weights.nonzero()[:, 0].to(points.device)  # 0 times infinity would be NaN
+    for some in counted.split(max(1, ROWS // points.shape[1])):
+        total += weights[some] @ points[some].double()
+    return total
 
 
 def _finite_or_infinite(values: Tensor) -> Tensor:

@@ -251,8 +251,7 @@ class GradientFreeStrategy(DDPStrategy):
         return checkpoint
 
     def teardown(self) -> None:
-        """Let go of the module."""
-        self._started = False
+        """Let go of the batch; the state stays, to be saved."""
         self._batch = None
         super().teardown()
 

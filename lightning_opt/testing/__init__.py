@@ -1,4 +1,4 @@
-"""The plugin contract: named checks that any optimizer, scheduler or callback can be put through."""
+"""The plugin contract: named checks that any optimizer, scheduler, callback or strategy can be put through."""
 
 import lazy_loader
 

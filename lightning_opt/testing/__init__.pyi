@@ -1,11 +1,14 @@
 from ._callback_checks.distributed import check_callbacks_ddp as check_callbacks_ddp
 from ._optimizer_checks.ranks import check_optimizers_ddp as check_optimizers_ddp
+from ._ranks import TwoRanks as TwoRanks
 from .check_callback import callback_checks as callback_checks
 from .check_callback import check_callback as check_callback
 from .check_optimizer import check_optimizer as check_optimizer
 from .check_optimizer import optimizer_checks as optimizer_checks
 from .check_scheduler import check_scheduler as check_scheduler
 from .check_scheduler import scheduler_checks as scheduler_checks
+from .check_strategy import check_strategy as check_strategy
+from .check_strategy import strategy_checks as strategy_checks
 from .contract import ContractError as ContractError
 from .contract import NotApplicable as NotApplicable
 from .contract import Report as Report

@@ -326,9 +326,7 @@ def test_a_resumed_run_is_the_whole_one(tmp_path):
 
 def test_a_checkpoint_without_a_search_begins_one(tmp_path):
     path = tmp_path / "sgd.ckpt"
-    first = pl.Trainer(
-        max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False
-    )
+    first = trainer("auto", max_epochs=1)
     first.fit(Net(), loader())
     first.save_checkpoint(path)
     fitting = trainer(max_epochs=2)

@@ -1,0 +1,11 @@
+from .compressor import Compressor as Compressor
+from .compressor import Draw as Draw
+from .hook import compressed_allreduce_hook as compressed_allreduce_hook
+from .identity import Identity as Identity
+from .quantize_int8 import QuantizeInt8 as QuantizeInt8
+from .randk import RandK as RandK
+from .scaled_sign import ScaledSign as ScaledSign
+from .state import CompressionState as CompressionState
+from .stepsize import ef21_stepsize as ef21_stepsize
+from .stepsize import xi as xi
+from .topk import TopK as TopK

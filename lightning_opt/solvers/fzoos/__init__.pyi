@@ -1,0 +1,9 @@
+from .baselines import fedzo_minimize as fedzo_minimize
+from .box import Box as Box
+from .client import Client as Client
+from .evaluate import NonFiniteObjectiveError as NonFiniteObjectiveError
+from .fzoos import fzoos_minimize as fzoos_minimize
+from .gaussian_process import GaussianProcess as GaussianProcess
+from .random_features import RandomFeatures as RandomFeatures
+from .result import MinimizeResult as MinimizeResult
+from .settings import FZooSSettings as FZooSSettings
