@@ -139,7 +139,7 @@ def fail(_):
 
 @pytest.fixture(scope="module")
 def ranks():
-    with TwoRanks() as two:
+    with TwoRanks(timeout=300) as two:  # it starts processes, which takes long on a busy machine
         yield two
 
 
