@@ -260,7 +260,7 @@ def throughput(population: int = 200, rounds: int = 60) -> dict[str, Any]:
         return -torch.vmap(lambda vector: flat(vector, images, labels))(x)
 
     problem = Problem("max", theirs, solution_length=weights.shape[1], initial_bounds=(-0.1, 0.1))
-    batch = problem.generate_empty_batch(population)
+    batch = problem.generate_batch(population)
 
     def ours(chunk: int, decode: bool = False) -> Tensor:
         vectors = decoder.stack(genomes) if decode else weights
