@@ -4,13 +4,15 @@
     python benchmarks/recipes.py digits/quickstart --seeds 0 1    one of them
     python benchmarks/recipes.py --write                          put the numbers into the recipes' headers
 
-A seed sets the initial weights and the order of the data. Every run is the command of the recipe's header, in this
-process. Finished seeds are kept in ``benchmarks/results/recipes/<name>.json`` and skipped, until the recipe changes.
+A seed sets the initial weights, the order of the data, and what a strategy draws. Every run is the command of the
+recipe's header, in this process. Finished seeds are kept in ``benchmarks/results/recipes/<name>.json`` and skipped,
+until the recipe changes.
 """
 
 import argparse
 import contextlib
 import hashlib
+import inspect
 import json
 import re
 import shlex
@@ -26,6 +28,7 @@ from _runner import RESULTS, write_result
 from lightning_opt.callbacks import SampleGrid
 from lightning_opt.cli import LightningOptCLI
 from lightning_opt.cli import main as main_command
+from lightning_opt.cli.errors import import_class
 from lightning_opt.cli.recipes import recipe_header, recipe_names, recipe_path, recipe_runs
 from lightning_opt.metrics import frechet_distance
 from lightning_opt.testing._ranks import on_two_ranks
@@ -35,6 +38,7 @@ MEASURES = {  # what a recipe is judged by: its words, its factor, its digits
     "accuracy": ("% test accuracy", 100, 1),
     "bits_per_character": ("bits per character of the test text", 1, 3),
     "frechet": ("Frechet distance of samples to test images", 1, 2),
+    "return": ("episodic return of the test", 1, 1),
 }
 
 
@@ -121,11 +125,20 @@ def fit(name: str, seed: int) -> LightningOptCLI:
             f"--config={name}",
             f"--seed_everything={seed}",
             f"--data.seed={seed}",
+            *([f"--trainer.strategy.init_args.seed={seed}"] if strategy_draws(name) else []),
             "--trainer.callbacks+=Timer",
             "--trainer.enable_progress_bar=false",
             "--trainer.enable_model_summary=false",
         ]
     )
+
+
+def strategy_draws(name: str) -> bool:
+    """Whether the strategy of a recipe has a seed of its own."""
+    strategy = yaml.safe_load(recipe_path(name).read_text())["trainer"].get("strategy")
+    if not isinstance(strategy, dict):
+        return False
+    return "seed" in inspect.signature(import_class(strategy["class_path"])).parameters
 
 
 def summary(runs: dict[str, dict[str, float]]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from lightning_opt import registry
 from lightning_opt.cli import LightningOptCLI
 from lightning_opt.cli.errors import import_class
 from lightning_opt.cli.recipes import FOLDER, HEADER_KEYS, recipe_header, recipe_names
-from lightning_opt.data import IdxImages, write_idx
+from lightning_opt.data import Episodes, IdxImages, write_idx
 from lightning_opt.schedules.refined import save_schedule
 
 registry.load_all()
@@ -45,6 +45,7 @@ JUDGES = [
     ("accuracy", 100, 1, "%"),
     ("frechet", 1, 2, "Frechet distance"),
     ("bits_per_character", 1, 3, "bits"),
+    ("return", 1, 1, "episodic return"),
 ]
 
 
@@ -96,12 +97,19 @@ def test_one_batch_trains_and_tests(name: str, tmp_path: Path, monkeypatch: pyte
     if issubclass(data, IdxImages):
         _write_images(data, tmp_path / "data")
         words += [f"--data.root={tmp_path}/data", "--data.verify=false", "--data.train_size=40", "--data.val_size=20"]
+    if issubclass(data, Episodes):
+        words.append("--model.max_steps=10")
     cli = LightningOptCLI(["fit", f"--config={name}", *words])
     assert cli.trainer.global_step == 1
     assert type(cli.trainer.optimizers[0]) is import_class(config["optimizer"]["class_path"])
     result = cli.test_results[0]
     judged = next(result[name] for name in ("test/accuracy", "test/bits_per_character", "test/loss") if name in result)
-    assert 0 <= judged <= 1 if "test/accuracy" in result else judged > 0
+    if "test/accuracy" in result:
+        assert 0 <= judged <= 1
+    elif "test/return" in result:
+        assert judged == -result["test/return"]
+    else:
+        assert judged > 0
     assert all(torch.isfinite(parameter).all() for parameter in cli.model.parameters())
 
 

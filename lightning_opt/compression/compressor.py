@@ -2,6 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -81,6 +82,19 @@ class Compressor(ABC):
             weight: Factor.
             draw: As it was compressed with.
         """
+
+    def add_all_(self, target: Tensor, rows: Tensor, weights: Sequence[float], draws: Sequence[Draw]) -> Tensor:
+        """Add the messages of all ranks, times their weights, one rank after the other.
+
+        Args:
+            target: As for :meth:`add_`.
+            rows: (ranks, words).
+            weights: Of the ranks.
+            draws: Of the ranks.
+        """
+        for row, weight, draw in zip(rows, weights, draws, strict=True):
+            self.add_(target, row, weight, draw)
+        return target
 
     def decompress(self, words: Tensor, like: Tensor, draw: Draw = Draw()) -> Tensor:  # noqa: B008
         """What a message says, as a vector of the length, the dtype and the device of ``like``."""

@@ -236,8 +236,7 @@ class CompressionState:
                 self._add(memory.estimate, 1.0, *own)
             mean = torch.zeros_like(gradient) if memory.mean_estimate is None else memory.mean_estimate
             shares = self.weights or [1 / self.world_size] * self.world_size
-            for share, row, draw in zip(shares, words, draws, strict=True):
-                self._add(mean, share, row, draw)
+            self.compressor.add_all_(mean, words, shares, draws)
         if memory is not None and memory.average is not None:
             memory.average.copy_(gradient if finite is None else torch.where(finite, gradient, memory.average))
         return mean

@@ -1,6 +1,7 @@
 """The k values of largest magnitude, with their places."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -69,6 +70,16 @@ class TopK(Compressor):
         k = self.count(target.numel())
         values = from_words(words[:-k], sent_as(self.value_dtype, target.dtype), k)
         return target.index_add_(0, words[-k:], values.to(target.dtype), alpha=weight)
+
+    @override
+    def add_all_(self, target: Tensor, rows: Tensor, weights: Sequence[float], draws: Sequence[Draw]) -> Tensor:
+        if not target.is_cpu or len(set(weights)) > 1:
+            return super().add_all_(target, rows, weights, draws)
+        # on the CPU index_add_ goes from the first place to the last, so ranks stay in order
+        k = self.count(target.numel())
+        values = rows[:, :-k].contiguous().view(sent_as(self.value_dtype, target.dtype))[:, :k]
+        places = rows[:, -k:].reshape(-1)
+        return target.index_add_(0, places, values.to(target.dtype).reshape(-1), alpha=weights[0])
 
 
 def count(ratio: float, k: int | None, numel: int) -> int:

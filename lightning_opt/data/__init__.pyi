@@ -2,6 +2,7 @@ from .char_text import CharText as CharText
 from .char_text import TinyShakespeare as TinyShakespeare
 from .content import CorruptDataError as CorruptDataError
 from .digits import Digits as Digits
+from .episodes import Episodes as Episodes
 from .fetch import DataNotFoundError as DataNotFoundError
 from .idx import read_idx as read_idx
 from .idx import write_idx as write_idx

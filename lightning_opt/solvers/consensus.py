@@ -318,7 +318,7 @@ class Swarm:
             rows = batch[places].to(self.particles.device) - self.own.start
             everyone = len(rows) == len(self.particles) and s.particle_batch is None
             points = self.particles if everyone else self.particles[rows]
-            values = self._gather(evaluate(points), places, len(batch))
+            values = self._gather(evaluate(points).double(), places, len(batch))
             weights, lost_now = self._weigh(values, epoch)
             consensus = self._sum_over_ranks(_weighted_sum(weights[places], points)).to(points.dtype)
             moved = (consensus - self.consensus).abs().max().item()
@@ -345,7 +345,7 @@ class Swarm:
         values = [
             evaluate(self.consensus + sigma * self._noise(some, MOVE)) for some in _pieces(self.own, max(1, ROWS // d))
         ]
-        own = torch.cat(values) if values else self.consensus.new_empty(0, dtype=torch.float32)
+        own = torch.cat([self.consensus.new_empty(0, dtype=torch.float64), *values])
         weights, lost = self._weigh(self._gather(own, list(self.own), n), epoch)
         # every rank draws the candidates of all again, those that count, and adds in one order
         hop = torch.zeros_like(self.consensus)

@@ -1,6 +1,6 @@
 """The training loss of many candidate parameter vectors on one batch, without a graph and without a trace."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -110,6 +110,10 @@ class CandidateLoss:
         losses = self._at_once if self._vectorize == "always" else self._one_by_one
         return losses(points, batch, batch_idx)
 
+    def measure(self, batch_idx: int) -> Callable[[Any], Tensor]:
+        """What is measured of a candidate: a function of the batch, called with the module's parameters set."""
+        return loss_of(self._module, batch_idx=batch_idx)
+
     def _try(self, points: Tensor, batch: Any, batch_idx: int) -> Vectorize:
         """Whether candidates can be evaluated at once, with the losses that they have one by one."""
         few = points[:2]
@@ -170,7 +174,7 @@ class CandidateLoss:
             torch.no_grad(),
             self._strategy.precision_plugin.train_step_context(),
         ):
-            loss = loss_of(self._module, batch_idx=batch_idx)
+            loss = self.measure(batch_idx)
             if points is None:
                 return _wide(loss(batch))
             called = _Called(self._module, loss)

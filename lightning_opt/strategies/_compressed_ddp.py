@@ -224,7 +224,7 @@ _HINTS = (
         " how long to wait; training goes on from the last checkpoint with ckpt_path=.",
     ),
     (
-        r"Expected to have finished reduction in the prior iteration",
+        r"parameters that were not used in producing the loss",  # as Lightning puts it
         "With this strategy: --trainer.strategy.find_unused_parameters=true, or find_unused_parameters=True.",
     ),
 )

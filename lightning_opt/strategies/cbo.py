@@ -1,6 +1,7 @@
 import math
 from typing import Any, ClassVar, Literal
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -70,12 +71,14 @@ class CBOStrategy(GradientFreeStrategy):
     Raises:
         ValueError: If a value is out of range, and in training if no particle has a finite loss.
         MisconfigurationException: In ``setup``, for what has no meaning without gradients: gradient accumulation,
-            clipping, ``precision="16-mixed"``, manual optimization; for BatchNorm with running statistics; and when a
-            checkpoint of another search is to be continued.
+            clipping, ``precision="16-mixed"``, manual optimization; for BatchNorm with running statistics; when a
+            checkpoint of another search is to be continued; and in the first step, for parameters without any effect
+            on the loss.
 
     Cost:
-        A step is N + 1 forward passes, over all ranks, and no backward pass. N vectors as large as the model, over all
-        ranks; with hopping none. Bytes a move: 8 a particle, and with particles 8 a parameter.
+        A step is N + 1 forward passes, over all ranks, and no backward pass; the first has 3 more a parameter tensor.
+        N vectors as large as the model, over all ranks; with hopping none. Bytes a move: 8 a particle, and with
+        particles 8 a parameter.
 
     Example:
         >>> import lightning.pytorch as pl
@@ -126,17 +129,21 @@ class CBOStrategy(GradientFreeStrategy):
             seed=seed,
         )
         self._warned_of_lost = False
+        self._first_epoch = 0
 
     def start(self, point: Tensor) -> None:
         """Draw the particles of this rank."""
         own = self.own_part(self.settings.n_particles)
         self.swarm = Swarm(self.settings, point, own, self.gather, self.sum_over_ranks)
+        self._first_epoch = self._trainer.current_epoch
+        self._warned_of_lost = False
 
     def search(self) -> tuple[Tensor, dict[str, float]]:
         """Evaluate the particles, find the consensus, move."""
-        trainer = self.lightning_module.trainer  # type: ignore[union-attr]
-        logs = is_log_step(trainer)
-        self.swarm.step(self.evaluate, epoch=trainer.current_epoch)
+        if self.swarm.steps == 0:
+            self._refuse_unused()
+        logs = is_log_step(self._trainer)
+        self.swarm.step(self.evaluate, epoch=self._trainer.current_epoch - self._first_epoch)
         values = self.swarm.statistics
         if values["lost"] and not self._warned_of_lost:
             self._warned_of_lost = True
@@ -147,6 +154,39 @@ class CBOStrategy(GradientFreeStrategy):
         names = ("best_loss", "alpha", "sigma", "ess", "lost")
         spread = self.swarm.spread() if logs else {}
         return self.swarm.consensus, {**{name: values[name] for name in names}, **spread} if logs else {}
+
+    @property
+    def _trainer(self) -> pl.Trainer:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
+
+    def _refuse_unused(self) -> None:
+        """Particles have no reason to agree about parameters that the loss does not depend on: those would drift.
+
+        There need not be a gradient to tell them by, so each tensor is changed by itself, from a point that is not the
+        start, where a layer of zeros may hide those before it.
+        """
+        generator = torch.Generator(self.flat.device).manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=self.flat.dtype, device=self.flat.device)
+
+        scales = 10.0 ** torch.arange(-1, 2)
+        base = self.swarm.consensus + normal(self.flat.dimension)
+        unused = []
+        at_base = self.evaluate(base[None])
+        for name in self.flat.named:
+            changed = base.repeat(len(scales), 1)
+            part = self.flat.views(changed)[name]
+            part += scales.to(part).reshape(-1, *[1] * (part.ndim - 1)) * normal(*part.shape)
+            losses = self.evaluate(changed)
+            if ((losses == at_base) | ~losses.isfinite()).all() and at_base.isfinite():
+                unused.append(name)
+        if unused:
+            raise MisconfigurationException(
+                f"CBOStrategy: the loss does not change with {', '.join(unused)}, which are not used: particles would"
+                " drift there. Freeze them, or leave them out of the optimizer."
+            )
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """At the consensus."""
@@ -166,6 +206,7 @@ class CBOStrategy(GradientFreeStrategy):
             "consensus": swarm.consensus,
             "steps": swarm.steps,
             "moves": swarm.moves,
+            "first_epoch": self._first_epoch,
         }
 
     def load_search_state(self, states: list[dict[str, Any]]) -> None:
@@ -186,6 +227,7 @@ class CBOStrategy(GradientFreeStrategy):
                 f"CBOStrategy cannot continue the search of the checkpoint, which has {saved}; this one has {ours}."
             )
         swarm.consensus, swarm.steps, swarm.moves = first["consensus"], first["steps"], first["moves"]
+        self._first_epoch = first["first_epoch"]
         particles = torch.cat([state["particles"] for state in states])
         if self.settings.scheme == "cbo":
             swarm.particles = particles[swarm.own.start : swarm.own.stop].clone()

@@ -194,9 +194,10 @@ def test_parts_of_a_swarm_are_the_whole(scheme):
         seen.append(x.clone())
         return rastrigin(x)
 
-    for own in (range(50), range(17), range(17, 50)):
+    for own in (range(50), range(17), range(17, 50), range(50, 50)):  # more ranks than candidates leave some without
         part = Swarm(settings, points()[0], own, gather=lambda v, own, n: torch.zeros(n, dtype=v.dtype))
         part.step(evaluate)
+        assert part.consensus.isfinite().all()
     assert torch.equal(seen[0], torch.cat(seen[1:]))
 
 

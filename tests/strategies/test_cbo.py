@@ -23,6 +23,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
 ]
 
+settings = {
+    "CBOStrategy": [
+        {"n_particles": 16, "particle_batch": 8, "alpha_schedule": "ess", "process_group_backend": "gloo"},
+        {"scheme": "hopping", "n_particles": 9, "sigma": 0.1},
+    ]
+}
+
 SCHEMES = {
     "cbo": {
         "n_particles": 20,
@@ -217,6 +224,24 @@ def test_another_search_is_not_continued(changed, saved, tmp_path):
     strategy = CBOStrategy(**{**SCHEMES["cbo"], "particle_batch": None, **changed})
     with pytest.raises(MisconfigurationException, match=f"cannot continue the search of the checkpoint, .*{saved}"):
         fit("cbo", ckpt_path=tmp_path / "last.ckpt", strategy=strategy)
+
+
+class Unused(Net):
+    """With a layer that is not used, and one of zeros before which others have no effect at the start."""
+
+    def __init__(self):
+        super().__init__()
+        self.idle = nn.Linear(2, 2)
+        nn.init.zeros_(self.net[2].weight)
+
+
+def test_parameters_without_effect_are_refused_and_may_be_frozen():
+    with pytest.raises(MisconfigurationException, match=r"does not change with idle.weight, idle.bias, which are not"):
+        fit("cbo", module=Unused())
+    module = Unused()
+    before = module.idle.requires_grad_(False).weight.clone()
+    fit("cbo", epochs=1, module=module)
+    assert torch.equal(module.idle.weight, before)
 
 
 class SometimesLost(Net):
