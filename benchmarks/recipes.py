@@ -5,8 +5,8 @@
     python benchmarks/recipes.py --write                          put the numbers into the recipes' headers
 
 A seed sets the initial weights, the order of the data, and what a strategy draws. Every run is the command of the
-recipe's header, in this process. Finished seeds are kept in ``benchmarks/results/recipes/<name>.json`` and skipped,
-until the recipe changes.
+recipe's header, in this process; a recipe of several ranks starts this script again for each. Finished seeds are kept
+in ``benchmarks/results/recipes/<name>.json`` and skipped, until the recipe changes.
 """
 
 import argparse
@@ -14,9 +14,11 @@ import contextlib
 import hashlib
 import inspect
 import json
+import os
 import re
 import shlex
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from typing import Any
 import torch
 import yaml
 from _runner import RESULTS, write_result
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_opt.callbacks import SampleGrid
 from lightning_opt.cli import LightningOptCLI
@@ -31,7 +34,6 @@ from lightning_opt.cli import main as main_command
 from lightning_opt.cli.errors import import_class
 from lightning_opt.cli.recipes import recipe_header, recipe_names, recipe_path, recipe_runs
 from lightning_opt.metrics import frechet_distance
-from lightning_opt.testing._ranks import on_two_ranks
 
 MEASURES = {  # what a recipe is judged by: its words, its factor, its digits
     "macro_f1": ("% test macro-F1", 100, 1),
@@ -48,13 +50,15 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--write", action="store_true", help="write result and minutes into the recipes' headers")
     options = parser.parse_args()
+    sys.argv[0] = str(Path(sys.argv[0]).resolve())  # the other ranks are started from another folder
+    os.chdir(Path(__file__).parent)  # which is gone when they have finished a fit
     names = options.names or recipe_names()
     results = {name: measure(name, options.seeds) for name in names}
     print(f"\n{'recipe':<32}{'on the test set':>42}{'seconds':>10}{'steps':>8}{'seeds':>7}")
     for name, result in results.items():
         cost = f"{result['seconds_mean']:>10.1f}{result['steps']:>8}{len(result['runs']):>7}"
         print(f"{name:<32}{in_words(result):>42}{cost}")
-        if options.write:
+        if options.write and rank_zero_only.rank == 0:
             write_header(recipe_path(name), result)
 
 
@@ -67,9 +71,9 @@ def measure(name: str, seeds: list[int]) -> dict[str, Any]:
     file.parent.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
         if str(seed) not in runs:
-            devices = yaml.safe_load(recipe_path(name).read_text())["trainer"].get("devices", 1)
-            runs[str(seed)] = on_two_ranks(run_as_rank, (name, seed))[0] if devices == 2 else run(name, seed)
-            write_result(f"recipes/{name}", {"recipe": name, "recipe_sha256": digest, **summary(runs)})
+            runs[str(seed)] = run(name, seed)
+            if rank_zero_only.rank == 0:
+                write_result(f"recipes/{name}", {"recipe": name, "recipe_sha256": digest, **summary(runs)})
     return summary({str(seed): runs[str(seed)] for seed in seeds})
 
 
@@ -92,11 +96,6 @@ def run(name: str, seed: int) -> dict[str, float]:
         "train_seconds": timer.time_elapsed("train"),  # with its validation
         "steps": cli.trainer.global_step,
     }
-
-
-def run_as_rank(arguments: tuple[str, int]) -> dict[str, float]:
-    """The same on one of two ranks, for a recipe with two devices."""
-    return run(*arguments)
 
 
 def sample_distance(cli: LightningOptCLI) -> dict[str, float]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 ValueDtype = Literal["float32", "bfloat16", "float16"]
+Backend = Literal["torch", "triton"]
 
 
 class Draw(NamedTuple):

@@ -64,23 +64,33 @@ def compressed_allreduce_hook(state: CompressionState, bucket: dist.GradBucket) 
     def finish(future: torch.futures.Future[Any]) -> Tensor:
         future.value()  # raises if the communication failed
         with torch.no_grad():
+            if gathered.is_cuda:  # this runs on a stream of its own, and the memory belongs to another
+                for tensor in (gathered, flat, *gradients):
+                    tensor.record_stream(torch.cuda.current_stream())
             rows = gathered.view(state.world_size, -1)
             finite = rows[:, 0].amin() > 0
-            rows = rows[:, 1:] * finite.to(torch.int32)  # a message of zeros says nothing, and NaN is gone
-            factor = torch.where(finite, 1.0, torch.nan)
-            factor = factor if scale is None else factor * scale
+            rows, factor = rows[:, 1:], scale
+            unless: Tensor | None = None
+            if not finite.is_cpu or not bool(finite):  # a device is not asked, which would be waiting for it
+                unless = finite
+                rows = rows * finite.to(torch.int32)  # a message of zeros says nothing, and NaN is gone
+                factor = torch.where(finite, 1.0 if scale is None else scale, torch.nan)
+                state.skip(finite)
             for name, gradient, words, out in zip(
                 names, gradients, rows.split(lengths, 1), buffer.split(sizes), strict=True
             ):
-                mean = state.decode(name, gradient, words, finite, step)
+                mean = state.decode(name, gradient, words, unless, step)
                 state.observe(name, gradient)
-                torch.mul(mean, factor, out=out) if out.dtype == mean.dtype else out.copy_(mean * factor)
-            state.skip(finite)
+                out.copy_(mean if factor is None else mean * factor)
         return buffer
 
-    work = dist.all_gather_into_tensor(gathered, payload, group=state.process_group, async_op=True)
+    work = _all_gather(gathered, payload, group=state.process_group, async_op=True)
     assert work is not None
     return work.get_future().then(finish)
+
+
+# torch 2.13 gave it a new name, and deprecates the old one
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def _names(state: CompressionState, bucket: dist.GradBucket) -> list[str]:

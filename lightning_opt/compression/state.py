@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lightning_opt._checks import check_choice, check_interval
 from lightning_opt.registry import register
 
-from .compressor import Compressor, Draw, from_words, to_words, words_for
+from .compressor import Backend, Compressor, Draw, from_words, to_words, words_for
 
 Algorithm = Literal["naive", "ef14", "ef21", "econtrol"]
 Init = Literal["dense", "compressed", "zeros"]
@@ -82,6 +82,8 @@ class CompressionState:
         init: The first estimate: the gradient itself, sent in full once; what is left of it after compression; or zero.
         min_numel: Tensors with fewer elements are sent in full at every step.
         error_dtype: What the error is stored in. ``"bfloat16"`` halves its memory and loses small errors.
+        backend: ``"triton"`` computes what is compressed, and the error, of float32 gradients on a CUDA device in one
+            pass each. No GPU has timed it yet, so ``"torch"`` is the default.
         rank: Of this process.
         world_size: How many ranks there are.
 
@@ -123,6 +125,7 @@ class CompressionState:
         init: Init = "dense",
         min_numel: int = 256,
         error_dtype: ErrorDtype = "float32",
+        backend: Backend = "torch",
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -135,10 +138,11 @@ class CompressionState:
         check_choice("init", init, ["dense", "compressed", "zeros"])
         check_interval("min_numel", min_numel, 0)
         check_choice("error_dtype", error_dtype, ["float32", "bfloat16"])
+        check_choice("backend", backend, ["torch", "triton"])
         check_interval("world_size", world_size, 1)
         check_interval("rank", rank, 0, world_size - 1)
         self.algorithm, self.compressor, self.eta, self.momentum = algorithm, compressor, eta, momentum
-        self.init, self.min_numel, self.error_dtype = init, min_numel, error_dtype
+        self.init, self.min_numel, self.error_dtype, self.backend = init, min_numel, error_dtype, backend
         self.rank, self.world_size = rank, world_size
         self.method = _METHODS[algorithm]
         self.weights: list[float] | None = None
@@ -229,15 +233,16 @@ class CompressionState:
             draws = [Draw(self.step if step is None else step, name, rank) for rank in range(self.world_size)]
             own = words[self.rank], draws[self.rank]
             if memory.error is not None and not (first and self.init == "compressed"):
-                residual = self._residual(memory, gradient)
-                memory.error.add_(residual if finite is None else torch.where(finite, residual, 0))
+                self._add_residual(memory, memory.error, gradient, finite)
                 self._add(memory.error, -1.0, *own)
             if memory.estimate is not None:
                 self._add(memory.estimate, 1.0, *own)
             mean = torch.zeros_like(gradient) if memory.mean_estimate is None else memory.mean_estimate
             shares = self.weights or [1 / self.world_size] * self.world_size
             self.compressor.add_all_(mean, words, shares, draws)
-        if memory is not None and memory.average is not None:
+        if memory is not None and self.momentum is not None:
+            if memory.average is None:  # the checkpoint was written without momentum
+                memory.average = gradient.clone()
             memory.average.copy_(gradient if finite is None else torch.where(finite, gradient, memory.average))
         return mean
 
@@ -265,10 +270,35 @@ class CompressionState:
         memory = self.memory.get(name)
         if memory is None:
             return self._weighted(gradient)
-        residual = self._residual(memory, gradient)
         if memory.error is None:
-            return residual
-        return residual.add(memory.error, alpha=self.tensor_eta(gradient.numel()))
+            return self._residual(memory, gradient)
+        eta = self.tensor_eta(gradient.numel())
+        if self._fused(memory, gradient):
+            return self._fused_pass(memory, gradient, torch.empty_like(gradient), eta, True)
+        return self._residual(memory, gradient).add(memory.error, alpha=eta)
+
+    def _add_residual(self, memory: Memory, error: Tensor, gradient: Tensor, finite: Tensor | None) -> None:
+        """To the error, unless something is not finite."""
+        if self._fused(memory, gradient):
+            self._fused_pass(memory, gradient, error, 1.0 if finite is None else finite.float().reshape(1), False)
+        else:
+            residual = self._residual(memory, gradient)
+            error.add_(residual if finite is None else torch.where(finite, residual, 0))
+
+    def _fused(self, memory: Memory, gradient: Tensor) -> bool:
+        tensors = gradient, memory.estimate, memory.error
+        return self.backend == "triton" and all(t is not None and t.dtype == torch.float32 for t in tensors)
+
+    def _fused_pass(
+        self, memory: Memory, gradient: Tensor, out: Tensor, coefficient: float | Tensor, message: bool
+    ) -> Tensor:
+        from lightning_opt.triton_kernels import launch_map  # needs the extra
+
+        assert memory.estimate is not None
+        assert memory.error is not None
+        inputs = {"gradient": self._weighted(gradient), "estimate": memory.estimate, "error": memory.error}
+        launch_map("error_update", inputs, [out], {"coefficient": coefficient}, flags={"message": message})
+        return out
 
     def _residual(self, memory: Memory, gradient: Tensor) -> Tensor:
         gradient = self._weighted(gradient)
@@ -402,6 +432,9 @@ class CompressionState:
                         f"the state of {name} has {tensor.numel()} elements, the parameter {parameters[name].numel()}"
                     )
                 setattr(memory, key, tensor.to(parameters[name].device, copy=True))
+            lacks = (self.method.estimate and memory.estimate is None) or (self.method.error and memory.error is None)
+            if lacks and parameters[name].numel() >= self.min_numel:  # it was below min_numel, and begins now
+                del self.memory[name]
         self.step = shared["step"]
         self.skipped = torch.tensor(shared["skipped"])
         if shared["world_size"] == self.world_size:  # H is the mean by the weights that it was made with

@@ -8,7 +8,7 @@ from lightning_opt._checks import check_choice, check_interval
 from lightning_opt.registry import register
 
 
-@register("tool", summary="The largest step of EF21 that theory allows", paper="2402.10774", card="ef21")
+@register("tool", summary="The largest step of EF21 that theory allows", paper="2402.10774")
 def ef21_stepsize(L: float, L_i: Sequence[float], alpha: float, analysis: Literal["am", "qm"] = "am") -> float:
     r"""The step :math:`1 / (L + \bar L\, \xi(\alpha))` with which EF21 converges.
 

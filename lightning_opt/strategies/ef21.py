@@ -5,6 +5,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
@@ -97,7 +98,10 @@ class EF21Strategy(CompressedDDPStrategy):
         state = super().make_state()
         fresh = state.step == 0
         if fresh and not isinstance(self.weights, str):
-            state.set_weights(self.weights)
+            try:
+                state.set_weights(self.weights)
+            except ValueError as error:
+                raise MisconfigurationException(f"EF21Strategy: {error}") from error
         self._to_be_weighed = fresh and self.weights == "auto"
         return state
 

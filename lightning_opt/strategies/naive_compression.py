@@ -11,7 +11,6 @@ from ._compressed_ddp import CompressedDDPStrategy
 @register(
     "strategy",
     summary="Data-parallel training that sends compressed gradients and forgets the rest, for comparison",
-    card="econtrol",
     aliases={"ddp_topk_naive": {}},
 )
 class NaiveCompressionStrategy(CompressedDDPStrategy):

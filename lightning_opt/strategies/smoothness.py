@@ -11,7 +11,7 @@ from lightning_opt.curvature import HessianOperator, NonFiniteCurvatureError, pr
 from lightning_opt.registry import register
 
 
-@register("tool", summary="Smoothness of a module's loss on a batch", paper="2402.10774", card="ef21")
+@register("tool", summary="Smoothness of a module's loss on a batch", paper="2402.10774")
 def estimate_smoothness(
     module: nn.Module, batch: Any, iters: int = 20, *, loss_fn: LossFn | None = None, seed: int = 0
 ) -> float:

@@ -239,6 +239,27 @@ def test_state_goes_on_bit_for_bit_and_changes_its_ranks():
         assert state.step == 11
 
 
+def test_options_may_change_on_the_way():
+    """Momentum begins, and a tensor that was below min_numel is remembered from now on, as in a new run."""
+    states = ranks("ef21", TopK(k=2), 2, min_numel=21)
+    gradients = PROBLEM.gradients(START)[:2]
+    average(states, gradients)
+    resumed, fresh = (ranks("ef21", TopK(k=2), 2, momentum=0.5) for _ in range(2))
+    for state, old in zip(resumed, states, strict=True):
+        state.load(old.shared_state(), old.local_state(), [("w", START)])
+        assert state.memory == {}
+    for _ in range(3):
+        assert torch.equal(average(resumed, gradients), average(fresh, gradients))
+    plain = ranks("ef21", TopK(k=2), 2)
+    average(plain, gradients)
+    late = ranks("ef21", TopK(k=2), 2, momentum=0.5)
+    for state, old in zip(late, plain, strict=True):
+        state.load(old.shared_state(), old.local_state(), [("w", START)])
+    average(late, [2 * g for g in gradients])
+    average(late, gradients)
+    torch.testing.assert_close(late[0].memory["w"].average, 1.5 * gradients[0])
+
+
 def test_an_error_in_bfloat16_is_kept_in_it():
     states = ranks("ef14", TopK(k=2), 2, error_dtype="bfloat16")
     average(states, [torch.randn(20), torch.randn(20)])

@@ -112,6 +112,13 @@ def error_of(*args: Any, **options: Any) -> str:
     return ""
 
 
+def warnings_of(strategy: Any, rank: int) -> str:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(Classifier(), strategy, classes_loader(rank, steps=1))
+    return "\n".join(str(w.message) for w in caught)
+
+
 def on_rank(folder: str) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     rank = int(os.environ["LOCAL_RANK"])
@@ -144,6 +151,9 @@ def on_rank(folder: str) -> dict[str, Any]:
     spare = Classifier(unused=True)
     fit(spare, EF21Strategy(find_unused_parameters=True), classes_loader(rank))
     results["unused"] = stacked(spare)
+    results["warnings"] = warnings_of(EControlStrategy(TopK(0.9), eta=1.0, error_dtype="bfloat16"), rank)
+    results["large eta"] = warnings_of(EControlStrategy(TopK(0.1), eta=0.5), rank)
+    results["three weights"] = error_of(Classifier(), EF21Strategy(weights=[0.2, 0.3, 0.5]), classes_loader(rank))
     results["sparse"] = error_of(Sparse(), EF21Strategy(), classes_loader(rank))
 
     last = Classifier()
@@ -405,6 +415,21 @@ def test_unused_parameters_and_sparse_gradients_are_answered(ranks):
         spare = rank["unused"][:, -420:]
         assert torch.equal(spare[0], spare[-1])
         assert "MisconfigurationException: EF21Strategy cannot compress the sparse gradients of table" in rank["sparse"]
+
+
+def test_what_does_not_pay_or_fit_is_said(ranks):
+    # 0.9 * 8 bytes of 640 weights, and all of 131 others, to two ranks; a ring sends 4 bytes of each twice
+    expected = (0.9 * 8 * 640 + 4 * 131) * 2 / (8 * 771)
+    said = ranks[0]["warnings"]
+    assert f"TopK(ratio=0.9) on 2 ranks sends {expected:.1f} times the bytes of dense gradients" in said
+    assert "four times the contraction" not in said
+    assert "eta=0.5 is more than four times the contraction 0.1 of TopK(ratio=0.1)" in ranks[0]["large eta"]
+    assert "times the bytes" not in ranks[0]["large eta"]
+    assert "an error in bfloat16 loses" in said
+    assert (
+        "MisconfigurationException: EF21Strategy: weights must have one value for each of 2"
+        in ranks[0]["three weights"]
+    )
 
 
 def test_a_rank_that_fails_ends_the_others_with_a_hint(ranks):
