@@ -1,13 +1,13 @@
 """FZooS beside FedZO, FedProx and SCAFFOLD: queries and rounds on quadratics that differ by client, and for macro-F1.
 
 Quadratics as in the authors' code (20 coordinates, 5 clients, 12 rounds of 10 steps of Adam at rate 0.01; baselines go
-on to 60 rounds), for two degrees C to which clients differ; then, at C = 5, each method at each of four rates. Digits:
-two clients with the images of five digits each calibrate a frozen classifier for macro-F1 with 100, 200 and 300 queries
-each; for each of these both methods are tuned on two other seeds, FedZO among 36 settings and FZooS among 8. Finished
-runs are kept in the result file.
+on to 60 rounds), for two degrees C to which clients differ; then, at C = 5, each method at each of four rates on two
+seeds. Digits: two clients with the images of five digits each calibrate a frozen classifier for macro-F1 with 100, 200
+and 300 queries each; for each of these both methods are tuned on two other seeds, FedZO among 36 settings and FZooS
+among 8. Finished runs are kept in the result file.
 
     python benchmarks/fzoos.py                    about half an hour on one core, and the picture
-    python benchmarks/fzoos.py --part quadratic   one of the two
+    python benchmarks/fzoos.py --part quadratic   one of the two; summary: the tables and the picture of what is on file
     python benchmarks/fzoos.py --seeds 0 1        fewer seeds
 """
 
@@ -43,7 +43,7 @@ COLORS = {
 }
 CORRECTIONS = {"FedZO": "none", "FedProx": "prox", "SCAFFOLD": "scaffold"}
 DIM, CLIENTS, ROUNDS, BASELINE_ROUNDS = 20, 5, 12, 60
-RATES = (0.005, 0.01, 0.02, 0.04)
+RATES, RATE_SEEDS = (0.005, 0.01, 0.02, 0.04), (0, 1)
 BUDGETS = (100, 200, 300)  # queries of a client for macro-F1; methods are tuned for each
 TUNING_SEEDS = (100, 101)
 Objective = Callable[[Tensor], float]
@@ -51,15 +51,15 @@ Objective = Callable[[Tensor], float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["quadratic", "digits"], help="default: both")
+    parser.add_argument("--part", choices=["quadratic", "digits", "summary"], help="default: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", ".*does not have many workers")
     done = Runs(read_result("fzoos").get("runs", {}))
-    if options.part != "digits":
+    if options.part in (None, "quadratic"):
         quadratics(done, options.seeds)
-    if options.part != "quadratic":
+    if options.part in (None, "digits"):
         digits(done, options.seeds)
     sys.argv = sys.argv[:1]
     payload = summary(done.rows, options.seeds)
@@ -91,7 +91,7 @@ def quadratics(done: Runs, seeds: list[int]) -> None:
         f"quadratic/{c:g}/{name}/0.01/{seed}": partial(on_quadratic, c, seed, name, 0.01)
         for c, seed, name in itertools.product((5.0, 0.5), seeds, COLORS)
     }
-    for rate, seed, name in itertools.product(RATES, seeds, COLORS):
+    for rate, seed, name in itertools.product(RATES, RATE_SEEDS, COLORS):
         jobs.setdefault(f"quadratic/5/{name}/{rate:g}/{seed}", partial(on_quadratic, 5.0, seed, name, rate))
     done.all(jobs)
 
@@ -228,7 +228,9 @@ def summary(rows: dict[str, Any], seeds: list[int]) -> dict[str, Any]:
                 name: quadratic_row([rows[key] for key in several]) for name, several in keys.items()
             }
     keys = {
-        (name, rate): [f"quadratic/5/{name}/{rate:g}/{seed}" for seed in seeds] for name in COLORS for rate in RATES
+        (name, rate): [f"quadratic/5/{name}/{rate:g}/{seed}" for seed in RATE_SEEDS]
+        for name in COLORS
+        for rate in RATES
     }
     if all(key in rows for several in keys.values() for key in several):
         payload["quadratic, C = 5, mean F after 12 rounds by rate"] = {
@@ -291,7 +293,7 @@ def mean(values: list[float]) -> float:
 
 
 def draw(rows: dict[str, Any], payload: dict[str, Any], seeds: list[int]) -> None:
-    if len(payload) < 6:
+    if len([part for part in payload if "by rate" not in part]) < 5:
         return
     import matplotlib.pyplot as plt
 

@@ -12,7 +12,7 @@ What a method could reach at best is what remains when only its bytes cross the 
 
 Bytes are those that the interface of host 1 has sent, headers and acknowledgments included.
 
-    python benchmarks/limited_link.py                     # as root; 3 minutes on 2 cores
+    python benchmarks/limited_link.py                     # as root; 4 minutes on 2 cores
 """
 
 import argparse
@@ -37,7 +37,7 @@ from lightning_opt.data import Digits
 from lightning_opt.models import MLP, Classifier
 from lightning_opt.strategies import EControlStrategy, EF21Strategy
 
-HIDDEN, BATCH, RATE = (1000, 1000), 256, 0.1
+HIDDEN, BATCH, RATE = (1000, 1000), 336, 0.1  # two batches an epoch on each rank
 WARMUP, STEPS = 5, 8  # EF21 sends the first gradients in full, PowerSGD the first two
 
 
@@ -98,7 +98,7 @@ class LinkClock(StepClock):
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--mbit", type=float, default=50, help="of the link, each way, in millions of bits a second")
+    parser.add_argument("--mbit", type=float, default=20, help="of the link, each way, in millions of bits a second")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rank", type=Path, help="be one of the ranks, and write the times here")
     options = parser.parse_args()

@@ -1,15 +1,19 @@
+import warnings
+
+import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_opt._checks import check_interval
 from lightning_opt.registry import register
 
-from .split_data_module import SplitDataModule
+from .resumable_loader import ResumableLoader
 
 
 @register("data", summary="Seeds of episodes, for modules that play them")
-class Episodes(SplitDataModule):
+class Episodes(pl.LightningDataModule):
     """The data of reinforcement learning: batches of seeds, from which an environment makes episodes.
 
     A batch is int64 ``[B]``, one seed an episode; those of training, validation and test are different. A module such
@@ -43,10 +47,17 @@ class Episodes(SplitDataModule):
         test_episodes: int = 100,
         seed: int = 0,
     ) -> None:
-        super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, seed=seed)
-        check_interval("batches", batches, 1)
-        check_interval("val_episodes", val_episodes, 1)
-        check_interval("test_episodes", test_episodes, 1)
+        super().__init__()
+        for name, value in (
+            ("batch_size", batch_size),
+            ("eval_batch_size", eval_batch_size),
+            ("batches", batches),
+            ("val_episodes", val_episodes),
+            ("test_episodes", test_episodes),
+        ):
+            check_interval(name, value, 1)
+        check_interval("seed", seed, 0)
+        self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
         self.batches, self.val_episodes, self.test_episodes = batches, val_episodes, test_episodes
 
     def setup(self, stage: str | None = None) -> None:
@@ -70,6 +81,10 @@ class Episodes(SplitDataModule):
     def predict_dataloader(self) -> DataLoader[Tensor]:
         """Those of the test."""
         return self.test_dataloader()
+
+    def _loader(self, seeds: Dataset[Tensor], batch_size: int, *, shuffle: bool = False) -> DataLoader[Tensor]:
+        warnings.filterwarnings("ignore", ".*does not have many workers.*", category=PossibleUserWarning)
+        return ResumableLoader(seeds, batch_size=batch_size, shuffle=shuffle, seed=self.seed)
 
 
 class _Seeds(Dataset[Tensor]):

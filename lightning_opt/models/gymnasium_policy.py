@@ -180,7 +180,7 @@ class _Environments:
             import ale_py
 
             gymnasium.register_envs(ale_py)
-            self.options = {"reward_clipping": False, "num_threads": 1, **options}
+            self.options = {"reward_clipping": False, **options}
         self._open: dict[int, _Environment] = {}
         single = self._make(1)
         space = single.single_action_space

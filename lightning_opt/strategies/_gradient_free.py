@@ -297,7 +297,7 @@ class GradientFreeStrategy(DDPStrategy):
             raise MisconfigurationException(f"{name} sends no gradients; leave out {', '.join(self._refused)}.")
 
     def _is_alone(self) -> bool:
-        return self.num_nodes * self.num_processes == 1
+        return self.num_nodes * self.num_processes == 1 and self.world_size == 1  # Ray tells the latter only
 
     def _is_distributed(self) -> bool:
         return not self._is_alone() and dist.is_available() and dist.is_initialized()

@@ -25,8 +25,7 @@ def changes_of(evaluate: Callable[[Tensor], Tensor], flat: FlatParameters, x: Te
     Cost: one evaluation a tensor, and one.
     """
     points = x.repeat(1 + len(flat.named), 1)
-    for row, (name, part) in enumerate(flat.views(torch.arange(len(x))).items(), start=1):
-        del name
+    for row, part in enumerate(flat.views(torch.arange(len(x))).values(), start=1):
         moved = x[part.flatten()] + _FAR * (1 + torch.arange(part.numel()) % 3)  # not alike: a norm may cancel that
         points[row, part.flatten()] = moved % 1 if box.is_bounded else moved
     values = evaluate(box.from_unit(points)).to("cpu")

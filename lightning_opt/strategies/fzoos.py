@@ -83,9 +83,9 @@ class FZooSStrategy(GradientFreeStrategy):
         NonFiniteObjectiveError: If an evaluation is NaN, infinite or missing; at the end of the round, on all ranks. It
             names the rank.
 
-    Cost: evaluations as said; besides, a step solves a system of ``max_local`` unknowns and scores ``active_pool``
-        candidates, on the CPU in float64, some 20 ms. A rank keeps 8 bytes a parameter and query, which go into
-        every checkpoint.
+    Cost: evaluations as said, and one for each parameter tensor at the start, to refuse those that are not used. A
+        step besides solves a system of ``max_local`` unknowns and scores ``active_pool`` candidates, on the CPU in
+        float64, some 5 ms. A rank keeps 8 bytes a parameter and query, which go into every checkpoint.
 
     Source: Shu, Lin, Dai and Low (2023), arXiv:2308.04077, with the constants of the authors' code.
 
@@ -240,6 +240,7 @@ class FZooSStrategy(GradientFreeStrategy):
                 len(state["_own_weights"]) or self.settings.n_features,
                 self.settings.n_features,
             ),
+            ("is the seed of the features", state["seed"], self.settings.seed),
         ):
             if saved != own:
                 raise MisconfigurationException(f"FZooSStrategy: {own} {name}, in the checkpoint {saved}.")

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+_START_SECONDS = 300  # imports, on a busy machine
+
 
 class TwoRanks:
     """Two processes that stay, for one call after another; a Trainer with two CPU devices in a call joins them.
@@ -22,7 +24,7 @@ class TwoRanks:
     The first call starts them. A rank that does not answer ends both, and the next call starts two new ones.
 
     Args:
-        timeout: Seconds that a call may take.
+        timeout: Seconds that a call may take, once the processes are there.
         patience: Seconds that a rank may take longer than the other.
 
     Cost:
@@ -35,7 +37,7 @@ class TwoRanks:
         ['b', 'b']
     """
 
-    def __init__(self, timeout: float = 60, patience: float = 15) -> None:
+    def __init__(self, timeout: float = 180, patience: float = 30) -> None:
         self.timeout, self.patience = timeout, patience
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
@@ -102,6 +104,11 @@ class TwoRanks:
             there.close()
             self._processes.append(process)
             self._pipes.append(here)
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(_START_SECONDS):
+                self.close()
+                raise TimeoutError(f"rank {rank} does not start in {_START_SECONDS} s")
+            pipe.recv()
 
 
 def on_two_ranks(function: Callable[[Any], Any], argument: Any) -> list[Any]:
@@ -133,7 +140,10 @@ def _rank(rank: int, port: int, folder: str, function: Callable[[Any], Any], arg
 
 def _serve(rank: int, port: int, pipe: Connection) -> None:
     """Answer calls until the other end of the pipe is closed."""
+    import lightning_opt.testing.check_strategy  # noqa: F401  # what nearly every call needs
+
     _become(rank, port)
+    pipe.send("ready")
     while True:
         try:
             function, arguments = pipe.recv()

@@ -27,6 +27,13 @@ from lightning_opt.strategies import EControlStrategy, EF14Strategy, EF21Strateg
 from lightning_opt.testing._ranks import on_two_ranks
 from tests.reference import error_feedback as reference
 
+settings = {
+    "EControlStrategy": {"process_group_backend": "gloo"},
+    "EF14Strategy": {},
+    "EF21Strategy": [{}, {"momentum": 0.1, "init": "zeros"}],
+    "NaiveCompressionStrategy": {},
+}
+
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
 STEPS = 12
 

@@ -34,6 +34,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*number of training batches .* is smaller than the logging interval"),
 ]
 
+settings = {"DeepGAStrategy": {"population": 8, "truncation": 3, "mutation_power": 0.1, "seed": 1}}
+
 SMALL = {"population": 20, "truncation": 5, "mutation_power": 0.1, "chunk": 4, "seed": 1}
 
 

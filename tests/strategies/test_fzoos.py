@@ -139,7 +139,7 @@ def fail(_):
 
 @pytest.fixture(scope="module")
 def ranks():
-    with TwoRanks() as two:
+    with TwoRanks(timeout=300) as two:  # it starts processes, which takes long on a busy machine
         yield two
 
 
@@ -203,6 +203,28 @@ def test_all_ranks_raise_at_the_end_of_the_round_in_which_one_has_no_value(ranks
 def test_a_checkpoint_of_other_ranks_is_refused(whole, folder):
     with pytest.raises(MisconfigurationException, match="2 ranks evaluated on their data, and this run has 1"):
         fit(Bowl(), steps=12, ckpt_path=str(Path(folder, "6.ckpt")))
+
+
+@one_rank
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": 1}, "1 is the seed of the features, in the checkpoint 0"),
+        ({"n_features": 50}, "50 features carry a surrogate, in the checkpoint 60"),
+        ({"param_filter": "x"}, "5 parameters are searched, in the checkpoint 6"),
+    ],
+)
+def test_a_checkpoint_of_another_search_is_refused(options, message, tmp_path):
+    class Two(Bowl):
+        def __init__(self):
+            super().__init__(y=nn.Parameter(torch.zeros(1, dtype=torch.float64)))
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) + self.y.detach().square().sum()
+
+    fit(Two(), steps=5).save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(Two(), steps=8, ckpt_path=str(tmp_path / "a.ckpt"), **options)
 
 
 # One rank

@@ -44,7 +44,7 @@ PLANTED = {
 
 @pytest.fixture(scope="module")
 def ranks():
-    with TwoRanks(patience=2) as two:
+    with TwoRanks(patience=10) as two:
         yield two
 
 

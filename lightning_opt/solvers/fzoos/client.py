@@ -61,7 +61,7 @@ class Client:
 
     Cost:
         A step takes ``1 + active`` evaluations, a round's last step 1, its end ``1 + sync_active``; a step besides
-        O(max_local^2 (max_local + active_pool * d)) operations. Memory: 8 (d + 1) bytes a query.
+        O(max_local^2 (max_local + active_pool + d)) operations. Memory: 8 (d + 1) bytes a query.
     """
 
     def __init__(self, x0: Tensor, settings: FZooSSettings, index: int, box: Box, name: str = "") -> None:
@@ -215,6 +215,7 @@ class Client:
         state = {name: getattr(self, name) for name in _STATE}
         return {
             **state,
+            "seed": self.settings.seed,
             "lengthscale": self.features.lengthscale,
             "generator": self.generator.get_state(),
             "moments": [self._adam.first, self._adam.second],
