@@ -134,7 +134,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "STEER": {"kind": "steer", "coeffs": [0.5]},
     "TayNODE": {"kind": "taynode", "coeffs": [0.1, 1.0], "fewer": [1.0], "falls_to": 1.0},
 }
-FIRST = ["vanilla", "local unbiased, error", "local biased, error", "ERNODE"]  # to run on all seeds before the others
+FIRST = ["vanilla", "local unbiased, error", "local biased, error", "ERNODE"]  # to run before the others
 SEEDS = 3
 
 
@@ -289,13 +289,12 @@ def compare(names: list[str], processes: int) -> None:
             write(rows)
 
         run_all = partial(run_missing, pool, run, rows=rows, done=done)
-        for data in names:
-            run_all([(data, "vanilla", 0.0, rate, 0) for rate in SETTINGS["rates"]])
-            search = Search(rows, data)
-            run_all([search.key(method, coeff, 0) for method in METHODS for coeff in coeffs(data, method)])
-            run_all([search.key(m, search.coeff(m), seed) for m in FIRST for seed in range(1, SEEDS)])
-        for search in (Search(rows, data) for data in names):
-            run_all([search.key(m, search.coeff(m), seed) for m in METHODS for seed in range(1, SEEDS)])
+        for methods in (FIRST, list(METHODS)):
+            for data in names:
+                run_all([(data, "vanilla", 0.0, rate, 0) for rate in SETTINGS["rates"]])
+                search = Search(rows, data)
+                run_all([search.key(method, coeff, 0) for method in methods for coeff in coeffs(data, method)])
+                run_all([search.key(m, search.coeff(m), seed) for m in methods for seed in range(1, SEEDS)])
     write(rows)
     for data, result in summary(rows).items():
         for method, r in result["methods"].items():
