@@ -4,7 +4,7 @@
     python benchmarks/neural_ode.py front --only digits          one data set
     python benchmarks/neural_ode.py front --smoke    a few steps a method, to see that all of it runs; writes nothing
     python benchmarks/neural_ode.py time             prediction, solver, whole training runs; 4 minutes, behind front
-    python benchmarks/neural_ode.py latent           a latent ODE with and without; some 8 minutes of one core
+    python benchmarks/neural_ode.py latent           a latent ODE with and without; some 5 minutes of one core
     python benchmarks/neural_ode.py pictures         the pictures of the card, behind front; a minute
 
 MNIST and Fashion-MNIST need their files: see ``lightning_opt.data``.
@@ -511,7 +511,7 @@ LATENT: dict[str, Any] = {
     "model": {"latent": 8, "encoder_hidden": 32, "hidden": [32], "sigma": 0.1, "rtol": 1e-6, "atol": 1e-6},
     "precision": "64-true",
     "rate": 3e-2,
-    "steps": 1000,
+    "steps": 500,
     "coeffs": [0.0, 0.1, 1.0, 10.0],
     "falls_to": 0.1,
     "margin": 0.05,  # of the squared error on validation series, relative
