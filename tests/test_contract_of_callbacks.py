@@ -32,13 +32,16 @@ NOT_APPLICABLE = {
     "AdaptiveBatchSize": {
         *("accumulates_gradients", "trains_by_manual_optimization", "trains_on_data_without_length"),
     },
+    "GlobalODERegularization": {"trains_by_manual_optimization"},
     "LanczosLRLearner": {"trains_by_manual_optimization"},
+    "LocalODERegularization": {"trains_by_manual_optimization"},
     "ResumeState": {"logs_under_its_prefix"},
     "RunReport": {"logs_under_its_prefix"},
     "SampleGrid": {"logs_under_its_prefix"},
     "ScheduleCheck": {"logs_under_its_prefix"},
     "StabilityBooster": {"trains_by_manual_optimization"},
     "StabilityMonitor": {"trains_by_manual_optimization"},
+    "TayNODE": {"trains_by_manual_optimization"},
 }
 
 CALLBACKS = {entry.name: entry for entry in registry.entries("callback")}

@@ -12,7 +12,6 @@ from lightning_opt.callbacks import (
     STEER,
     GlobalODERegularization,
     LocalODERegularization,
-    RunReport,
     TayNODE,
     ode_regularization,
 )
@@ -22,10 +21,8 @@ from lightning_opt.testing._ranks import on_two_ranks
 settings = {
     "LocalODERegularization": [
         {},
-        {
-            **{"estimate": "stiffness", "sampling": "biased", "tableau": "tsit5", "coeff": 0.1, "decay": "constant"},
-            **{"every_n_steps": 2, "norm": "sample", "rtol": 1e-3, "atol": 1e-3, "dt": 0.1},
-        },
+        {"estimate": "stiffness", "tableau": "tsit5", "coeff": 0.1, "decay": "constant", "norm": "sample"},
+        {"sampling": "biased", "every_n_steps": 2, "rtol": 1e-3, "atol": 1e-3, "dt": 0.1, "seed": 1},
     ],
     "GlobalODERegularization": [{}],
     "STEER": [{"b": 0.3}],
@@ -53,7 +50,7 @@ class Module(pl.LightningModule):
     def __init__(self, as_dict=False, **options):
         super().__init__()
         torch.manual_seed(0)
-        self.ode = NeuralODE(Dynamics(), **{"rtol": 1e-4, "atol": 1e-4, **options})
+        self.ode = NeuralODE(Dynamics(), **{"rtol": 1e-6, "atol": 1e-6, **options})
         self.as_dict = as_dict
         self.gradients, self.snapshots, self.losses = [], [], []
 
@@ -132,7 +129,7 @@ def test_the_gradient_is_that_of_the_loss_and_the_term(as_dict, solver, adjoint)
     """The first step's term is known from the log: its place, and so its gradient."""
     rows = Rows()
     options = {"method": "dopri5", "solver": solver, "adjoint": adjoint}
-    module = fit(Module(as_dict, **options), LocalODERegularization(coeff=3.0, coeff_end=1.0), logger=rows)
+    module = fit(Module(as_dict, **options), LocalODERegularization(coeff=3.0, coeff_end=1.0, seed=1), logger=rows)
     first = rows.rows[0]
     block = module.snapshots[0]
     x, target = next(iter(DataLoader(data(), 4)))
@@ -203,7 +200,7 @@ def test_it_lowers_the_error_that_it_is_given():
         fit(Module(), callback, logger=rows, max_epochs=10)
         return sum(row["local_reg/value"] for step, row in rows.rows.items() if step >= 30) / 10
 
-    assert mean_error(1.0) < 0.5 * mean_error(0.0)
+    assert mean_error(3.0) < 0.5 * mean_error(0.0)
 
 
 def test_several_blocks_by_name_and_by_themselves():
@@ -332,9 +329,9 @@ def test_random_ends_are_for_training_only():
     assert [row["steer/shift"] + 1 for step, row in sorted(rows.rows.items())] == pytest.approx(module.ends)
 
 
-def test_the_report_shows_evaluations_and_steps(tmp_path):
+def test_the_report_shows_evaluations_and_steps():
     callback = LocalODERegularization()
-    fit(Module(adjoint=True), callback, RunReport(dirpath=str(tmp_path)), max_epochs=2)
+    fit(Module(adjoint=True), callback, logger=Rows(), max_epochs=2)
     titles = [panel.title for panel in callback.report_panels()]
     assert titles == ["Function evaluations of a solve", "Steps of a solve"]
     from matplotlib.figure import Figure
