@@ -134,7 +134,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "STEER": {"kind": "steer", "coeffs": [0.5]},
     "TayNODE": {"kind": "taynode", "coeffs": [0.1, 1.0], "fewer": [1.0], "falls_to": 1.0},
 }
-FIRST = ["vanilla", "local unbiased, error", "local biased, error", "ERNODE"]  # to run before the others
+ORDER = [["vanilla", "local unbiased, error"], ["local biased, error", "ERNODE"], list(METHODS)]
 SEEDS = 3
 
 
@@ -289,7 +289,7 @@ def compare(names: list[str], processes: int) -> None:
             write(rows)
 
         run_all = partial(run_missing, pool, run, rows=rows, done=done)
-        for methods in (FIRST, list(METHODS)):
+        for methods in ORDER:
             for data in names:
                 run_all([(data, "vanilla", 0.0, rate, 0) for rate in SETTINGS["rates"]])
                 search = Search(rows, data)
