@@ -19,9 +19,9 @@ of the spiral, there, or else the best; with it all seeds run. A seed sets weigh
 written to ``benchmarks/results/neural_sde.json`` when it ends and is skipped from then on; its weights stay in
 ``runs/neural_sde``. torchsde does not choose the first step of a solve, and lets a step grow by 1.4 at most; so each
 model, also the one without regularization, predicts with the first step, out of four or five, that needs the fewest
-evaluations on validation data. Evaluations are those of the drift in a batch of 1,000 images or 2,000 trajectories; the midpoint
-method evaluates the diffusion as often. Seconds are processor time of one thread. ``test_moment_error_fine`` is the
-moment error of the same model at a tenth of the tolerance.
+evaluations on validation data. Evaluations are those of the drift in a batch of 1,000 images or 2,000 trajectories; the
+midpoint method evaluates the diffusion as often. Seconds are processor time of one thread. ``test_moment_error_fine``
+is the moment error of the same model at a tenth of the tolerance.
 
 **layer**: one adaptive solve of the MNIST network, at random weights, for 256 states: evaluations of drift and
 diffusion that torchsde asks for and that ``NeuralSDE`` makes, and the time of forward and backward, in turn.
