@@ -354,17 +354,17 @@ def measure_layer(rounds: int = 15) -> None:
         torch.manual_seed(0)
         block = NeuralSDEClassifier(sde_type=sde_type, method=method, dt=0.1).sde
         y0 = torch.randn(256, 32)
-        plain = Plain(block)
+        plain, levy = Plain(block), "space-time" if method == "srk" else "none"
+        path = partial(torchsde.BrownianInterval, 0.0, 1.0, y0.shape, entropy=0, levy_area_approximation=levy)
 
-        def by_torchsde(plain: nn.Module = plain, block: NeuralSDE = block, y0: Tensor = y0) -> None:
-            noise = block._noise(y0, 0.0, 1.0, 0)
-            tolerance = {"rtol": block.rtol, "atol": block.atol}
-            span = torch.tensor([0.0, 1.0])
-            end = torchsde.sdeint(plain, y0, span, bm=noise, method=block.method, dt=0.1, adaptive=True, **tolerance)
-            end[-1].square().sum().backward()
+        options = {"method": method, "dt": 0.1, "adaptive": True, "rtol": block.rtol, "atol": block.atol}
 
-        def by_layer(block: NeuralSDE = block, y0: Tensor = y0) -> None:
-            block(y0, noise=block._noise(y0, 0.0, 1.0, 0)).square().sum().backward()
+        def by_torchsde(plain: nn.Module = plain, y0: Tensor = y0, path: Any = path, options: Any = options) -> None:
+            end = torchsde.sdeint(plain, y0, torch.tensor([0.0, 1.0]), bm=path(), **options)[-1]
+            end.square().sum().backward()
+
+        def by_layer(block: NeuralSDE = block, y0: Tensor = y0, path: Any = path) -> None:
+            block(y0, noise=path()).square().sum().backward()
 
         by_torchsde()
         asked = dict(plain.asked)
