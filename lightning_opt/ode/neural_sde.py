@@ -52,7 +52,8 @@ class NeuralSDE(nn.Module):
         t_span: Start and end; time increases.
         method: A method of torchsde for the ``sde_type``; None takes torchsde's choice: ``"srk"`` for Ito equations
             (``"euler"`` for general noise), ``"midpoint"`` for Stratonovich equations.
-        adaptive: Choose the steps by step doubling; otherwise all have the size ``dt``.
+        adaptive: Choose the steps by step doubling; otherwise all have the size ``dt``. With ``"euler"`` adaptive steps
+            are known to converge for additive noise only.
         dt: Size of the first step, or of all.
         rtol: Relative tolerance.
         atol: Absolute tolerance.
@@ -234,6 +235,7 @@ class NeuralSDE(nn.Module):
 
     def _solve(self, y0: Tensor, points: list[float], noise: Any) -> list[Tensor]:
         record = self.last_solve = SDESolveRecord(points[0], points[-1])
+        grid = torch.tensor(points, dtype=y0.dtype, device=y0.device)
         trace = Trace(
             record,
             adaptive=self.adaptive,
@@ -244,10 +246,9 @@ class NeuralSDE(nn.Module):
         )
         sde = TracedSDE(self.drift, self.diffusion, self.noise_type, self.sde_type, trace)
         if noise is None:
-            noise = self._noise(sde, y0, points[0], points[-1], self._entropy())
+            noise = self._noise(sde, y0, float(grid[0]), float(grid[-1]), self._entropy())
         traced = TracedNoise(noise, trace)
         states, size = [y0], self.dt
-        grid = torch.tensor(points, dtype=y0.dtype, device=y0.device)
         try:
             for start, end in zip(grid[:-1], grid[1:], strict=True):
                 # a step that is cut to the span would not shrink when it is rejected
@@ -275,7 +276,7 @@ class NeuralSDE(nn.Module):
             "options": self.options,
         }
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*not guaranteed to converge.*Euler--Maruyama")  # said in the card
+            warnings.filterwarnings("ignore", ".*not guaranteed to converge.*Euler--Maruyama")  # said above
             if not self.adjoint:
                 return torchsde.sdeint(sde, y, span, **arguments)[-1]
             parameters = [p for part in (self.drift, self.diffusion) for p in part.parameters() if p.requires_grad]

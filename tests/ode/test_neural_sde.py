@@ -257,6 +257,14 @@ def test_global_random_state_is_not_touched() -> None:
     assert np.array_equal(np.random.get_state()[1], before[1])
 
 
+@pytest.mark.parametrize("end", [0.1, 0.7])  # which float32 rounds up, and down
+def test_times_that_float32_rounds(end: float) -> None:
+    block = block_of(t_span=(0.0, end)).float()
+    block(start().float())
+    block(start().float(), [0.0, end / 3, end]).sum().backward()
+    assert block.last_solve.t1 == end
+
+
 def test_half_precision_states_are_solved_in_float32() -> None:
     block = block_of().float()
     with torch.autocast("cpu", torch.bfloat16):
