@@ -21,7 +21,8 @@ def global_regularization(
 ) -> Tensor:
     """The regularizer of ERNODE or SRNODE (arXiv:2105.03918), to add to the training loss.
 
-    The gradient goes through the steps of the solver, so the block must not use an adjoint. Step sizes are constants.
+    The gradient goes through the steps of the solver, so the block must not use an adjoint. Step sizes are constants,
+    but that torchdiffeq differentiates the first one it chooses.
 
     Args:
         block: A :class:`NeuralODE` with ``keep_graph`` set before it was called, in training mode, without adjoint.

@@ -76,8 +76,8 @@ def stiffness(step: EmbeddedStep, tableau: Tableau = TSIT5, norm: Norm = "batch"
     wide = step.error.dtype
     change = rms((step.stages[-1] - step.stages[-2]).to(wide), norm)
     distance = rms((step.y1 - step.argument).to(wide), norm)
-    known = distance > 0
-    return torch.where(known, change / torch.where(known, distance, 1.0), 0.0) / tableau.stability_size
+    same = distance == 0
+    return torch.where(same, 0.0, change / torch.where(same, 1.0, distance)) / tableau.stability_size
 
 
 def check_stiffness(tableau: Tableau) -> None:
@@ -93,4 +93,4 @@ def rms(x: Tensor, norm: Norm = "batch") -> Tensor:
     """Root mean square over all entries, or over those of each sample; its gradient is 0 where it is 0."""
     square = x.square().mean() if norm == "batch" else x.square().reshape(len(x), -1).mean(dim=1)
     tiny = torch.finfo(square.dtype).tiny
-    return torch.where(square > tiny, square.clamp_min(tiny).sqrt(), 0.0)
+    return torch.where(square <= tiny, 0.0, square.clamp_min(tiny).sqrt())  # NaN stays NaN

@@ -130,6 +130,8 @@ def first_step_size(
 ) -> float:
     """A first step size, positive and within ``span``, from two derivatives (Hairer, Norsett and Wanner, II.4).
 
+    NaN where the state or its derivative is not finite.
+
     Cost: one evaluation, two without ``first``; the host waits for the device twice.
 
     Example:
@@ -139,13 +141,15 @@ def first_step_size(
     f0 = func(time_in(t, y), y) if first is None else first
     scale = atol + rtol * y.abs()
     d0, d1 = torch.stack([rms(y / scale), rms(f0 / scale)]).tolist()
+    if not math.isfinite(d0 + d1):
+        return math.nan
     h0 = 1e-6 if min(d0, d1) < 1e-5 else 0.01 * d0 / d1
     h0 = min(h0, abs(span))
     signed = math.copysign(h0, span)
     d2 = rms((func(time_in(t + signed, y), y + signed * f0) - f0) / scale).item() / h0
     steepest = max(d1, d2)
     h1 = max(1e-6, 1e-3 * h0) if steepest <= 1e-15 else (0.01 / steepest) ** (1 / tableau.order)
-    return min(100 * h0, h1, abs(span)) if math.isfinite(d0 + d1 + d2) else math.nan
+    return min(100 * h0, h1, abs(span)) if math.isfinite(d2) else h0
 
 
 def interpolate(y: Tensor, stages: Sequence[Tensor], h: float, theta: float, tableau: Tableau) -> Tensor:
