@@ -83,7 +83,7 @@ def run(name: str, seed: int) -> dict[str, float]:
     return {
         f"test_{judge}": results[f"test/{judge}"],
         "test_loss": results["test/loss"],
-        **{"test_nfe": results[name] for name in ("test/nfe",) if name in results},
+        **({"test_nfe": results["test/nfe"]} if "test/nfe" in results else {}),
         "train_seconds": timer.time_elapsed("train"),  # with its validation
         "steps": cli.trainer.global_step,
     }

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-TUNED = ("optimizers", "schedules", "lanczos_lr", "adaptive_batch_size")  # those that tune rates over seeds
+TUNED = ("optimizers", "schedules", "lanczos_lr", "adaptive_batch_size", "neural_ode")  # that tune over seeds
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -154,7 +155,7 @@ class CoupledOscillators(SplitDataModule):
         return torch.Generator().manual_seed(4 * self.split_seed + part)
 
 
-class SeriesDataset(Dataset[SeriesBatch]):
+class SeriesDataset(Dataset[Any]):
     """Series on one grid of times; indexed with a whole batch at once (``__getitems__``).
 
     Args:

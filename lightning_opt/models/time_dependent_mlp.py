@@ -42,6 +42,7 @@ class TimeDependentMLP(nn.Module):
         """The derivative of the state."""
         t = t.to(y)[..., None]
         for number, layer in enumerate(self.layers):
+            assert isinstance(layer, nn.Linear)
             y = y if number == 0 else y.tanh()
             # the layer of [y, t], without a copy of y
             y = torch.addmm(layer.bias + t * layer.weight[:, -1], y, layer.weight[:, :-1].T)
