@@ -3,6 +3,7 @@
     python benchmarks/neural_sde.py front            every coefficient of every method; some 25 minutes of one core
     python benchmarks/neural_sde.py front --only spiral          one data set
     python benchmarks/neural_sde.py front --smoke    a few steps a method, to see that all of it runs; writes nothing
+    python benchmarks/neural_sde.py tolerances       the same weights at tighter tolerances, behind front; two minutes
     python benchmarks/neural_sde.py layer            evaluations and time of the layer beside torchsde alone; a minute
     python benchmarks/neural_sde.py picture          the picture of the card, behind front; a minute
 
@@ -22,6 +23,9 @@ so each model, also the one without regularization, predicts with the first step
 fewest evaluations on validation data. Evaluations are those of the drift in a batch of 1,000 images or 2,000
 trajectories; the midpoint method evaluates the diffusion as often. Seconds are processor time of one thread.
 ``test_moment_error_fine`` is the moment error of the same model at a tenth of the tolerance.
+
+**tolerances**: evaluations and quality of the models of the front, on the first 1,000 images or all trajectories of
+the test set, at the tolerance of training and at tighter ones, each with its best first step.
 
 **layer**: one adaptive solve of the MNIST network, at random weights, for 256 states: evaluations of drift and
 diffusion that torchsde asks for and that ``NeuralSDE`` makes, and the time of forward and backward, in turn.
@@ -83,11 +87,14 @@ def main() -> None:
     front.add_argument("--only", nargs="+", choices=RATES, metavar="DATA", default=list(RATES))
     front.add_argument("--processes", type=int, default=1)
     front.add_argument("--smoke", action="store_true")
+    commands.add_parser("tolerances")
     commands.add_parser("layer")
     commands.add_parser("picture")
     options = parser.parse_args()
     if options.command == "front":
         smoke() if options.smoke else compare(options.only, options.processes)
+    elif options.command == "tolerances":
+        measure_tolerances()
     elif options.command == "layer":
         measure_layer()
     else:
@@ -333,15 +340,61 @@ def write(rows: dict[Key, Row]) -> None:
     def place(row: Row) -> tuple[Any, ...]:
         return list(RATES).index(row["data"]), METHODS.index(row["method"]), *list(row.values())[2:5]
 
-    layer = read_result("neural_sde").get("layer")
-    content = {"settings": SETTINGS, "results": summary(rows), "layer": layer, "runs": sorted(rows.values(), key=place)}
+    others = {name: part for name, part in read_result("neural_sde").items() if name in ("tolerances", "layer")}
+    content = {"settings": SETTINGS, "results": summary(rows), **others, "runs": sorted(rows.values(), key=place)}
     write_result("neural_sde", content)
+
+
+def write_part(name: str, part: dict[str, Any]) -> None:
+    """Put what another command found beside the front."""
+    kept = {key: value for key, value in read_result("neural_sde").items() if key not in ("command", "date", "machine")}
+    write_result("neural_sde", {**kept, name: part})
 
 
 def smoke() -> None:
     for data in RATES:
         for method in METHODS:
             print(in_words(run(data, method, coeffs(data, method)[-1], 1e-2, 0, steps=3)))
+
+
+# --- tolerances ---
+
+
+@torch.no_grad()
+def measure_tolerances() -> None:
+    torch.set_num_threads(1)
+    rows, found = on_file(), {}
+    for data in summary(rows):
+        search = Search(rows, data)
+        for method in METHODS:
+            if search.finished(method) is None:
+                continue
+            for factor in (1, 0.3, 0.1):
+                tolerance, needed, qualities = factor * SETTINGS["tolerance"], [], []
+                for seed in range(SEEDS):
+                    model = trained(data, method, search.coeff(method), search.rate, seed)
+                    model.sde.rtol = model.sde.atol = tolerance
+                    nfe, quality = min(one_batch(data, model, size) for size in SETTINGS["data"][data]["first_steps"])
+                    needed.append(nfe)
+                    qualities.append(quality)
+                found.setdefault(data, {}).setdefault(method, {})[f"{tolerance:g}"] = {
+                    "nfe": statistics.mean(needed),
+                    "nfe_by_seed": needed,
+                    "quality": statistics.mean(qualities),
+                }
+                print(data, method, tolerance, needed, qualities, flush=True)
+    write_part("tolerances", found)
+
+
+def one_batch(data: str, model: Any, first_step: float) -> tuple[int, float]:
+    """Evaluations and quality on a batch of the test set."""
+    model.sde.dt = first_step
+    inputs, targets = splits(data)["test"]
+    if data == "spiral":
+        quality = float(model._compare((inputs, targets))[1])
+    else:
+        quality = float((model(inputs[:1000]).argmax(dim=1) == targets[:1000]).float().mean())
+    return model.sde.last_solve.nfe_forward, quality
 
 
 # --- the layer ---
@@ -380,9 +433,7 @@ def measure_layer(rounds: int = 15) -> None:
             "speedup": ratio_summary(times, "torchsde", "NeuralSDE"),
         }
     print(json.dumps(found, indent=1))
-    old = read_result("neural_sde")
-    kept = {name: old[name] for name in ("settings", "results", "runs") if name in old}
-    write_result("neural_sde", {**kept, "layer": found})
+    write_part("layer", found)
 
 
 class Plain(nn.Module):
