@@ -25,7 +25,8 @@ trajectories; the midpoint method evaluates the diffusion as often. Seconds are 
 ``test_moment_error_fine`` is the moment error of the same model at a tenth of the tolerance.
 
 **tolerances**: evaluations and quality of the models of the front, on the first 1,000 images or all trajectories of
-the test set, at the tolerance of training and at tighter ones, each with its best first step.
+the test set, at the tolerance of training and at tighter ones, each with its best first step. ``drift`` and
+``diffusion`` are root mean squares of the two over the starts and entries of that batch.
 
 **layer**: one adaptive solve of the MNIST network, at random weights, for 256 states: evaluations of drift and
 diffusion that torchsde asks for and that ``NeuralSDE`` makes, and the time of forward and backward, in turn.
@@ -369,6 +370,9 @@ def measure_tolerances() -> None:
         for method in METHODS:
             if search.finished(method) is None:
                 continue
+            parts = [parts_of(data, trained(data, method, search.coeff(method), search.rate, s)) for s in range(SEEDS)]
+            names = ("drift", "diffusion")
+            found.setdefault(data, {})[method] = {n: statistics.mean(part[n] for part in parts) for n in names}
             for factor in (1, 0.3, 0.1):
                 tolerance, needed, qualities = factor * SETTINGS["tolerance"], [], []
                 for seed in range(SEEDS):
@@ -377,13 +381,21 @@ def measure_tolerances() -> None:
                     nfe, quality = min(one_batch(data, model, size) for size in SETTINGS["data"][data]["first_steps"])
                     needed.append(nfe)
                     qualities.append(quality)
-                found.setdefault(data, {}).setdefault(method, {})[f"{tolerance:g}"] = {
+                found[data][method][f"{tolerance:g}"] = {
                     "nfe": statistics.mean(needed),
                     "nfe_by_seed": needed,
                     "quality": statistics.mean(qualities),
                 }
                 print(data, method, tolerance, needed, qualities, flush=True)
     write_part("tolerances", found)
+
+
+def parts_of(data: str, model: Any) -> dict[str, float]:
+    """Root mean squares of drift and diffusion where trajectories of the test set start."""
+    inputs, targets = splits(data)["test"]
+    starts = targets[:, 0] if data == "spiral" else model.net[:2](inputs[:1000])
+    t = torch.zeros(())
+    return {n: float(getattr(model.sde, n)(t, starts).square().mean().sqrt()) for n in ("drift", "diffusion")}
 
 
 def one_batch(data: str, model: Any, first_step: float) -> tuple[int, float]:
