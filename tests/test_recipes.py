@@ -47,6 +47,7 @@ JUDGES = [
     ("bits_per_character", 1, 3, "bits"),
     ("return", 1, 1, "episodic return"),
     ("mse", 1, 4, "mean squared error"),
+    ("moment_error", 1, 3, "RMS error"),
 ]
 
 

@@ -52,7 +52,8 @@ class NeuralSDE(nn.Module):
         t_span: Start and end; time increases.
         method: A method of torchsde for the ``sde_type``; None takes torchsde's choice: ``"srk"`` for Ito equations
             (``"euler"`` for general noise), ``"midpoint"`` for Stratonovich equations.
-        adaptive: Choose the steps by step doubling; otherwise all have the size ``dt``.
+        adaptive: Choose the steps by step doubling; otherwise all have the size ``dt``. With ``"euler"`` adaptive steps
+            are known to converge for additive noise only.
         dt: Size of the first step, or of all.
         rtol: Relative tolerance.
         atol: Absolute tolerance.
@@ -177,9 +178,7 @@ class NeuralSDE(nn.Module):
             raise ValueError(f"the state must be a floating-point tensor [batch, dim], got {_kind(y0)}")
         with torch.autocast(y0.device.type, enabled=False):
             y0 = y0.float() if y0.dtype in (torch.float16, torch.bfloat16) else y0
-            if noise is None:
-                noise = self._noise(y0, points[0], points[-1], self._entropy())
-            if self.adjoint and torch.is_grad_enabled():
+            if noise is not None and self.adjoint and torch.is_grad_enabled():
                 _check_memory(noise, points)
             self._check_elementwise(y0, points[0])
             states = self._solve(y0, points, noise)
@@ -211,16 +210,16 @@ class NeuralSDE(nn.Module):
         with torch.autocast(y.device.type, enabled=False):
             start, end = _times(t, dt, y)
             if generator is None:
-                entropy = (self.seed, 2, int(self.solves), int(start * 2**40) % 2**62)
+                entropy: tuple[int, ...] = (self.seed, 2, int(self.solves), int(start * 2**40) % 2**62)
             else:
                 draw = torch.randint(2**62, (), generator=generator, device=generator.device)
                 entropy = (self.seed, 3, int(draw))
-            noise = self._noise(y, start, end, entropy)
+            sde = TracedSDE(self.drift, self.diffusion, self.noise_type, self.sde_type)
+            noise = self._noise(sde, y, start, end, entropy)
             if self.estimate == "embedded" and self.method == "srk":
                 return sri_step(self.drift, self.diffusion, t, y, dt, *noise(start, end, return_U=True))
             if self.estimate == "embedded":
                 return euler_heun_step(self.drift, self.diffusion, t, y, dt, noise(start, end))
-            sde = TracedSDE(self.drift, self.diffusion, self.noise_type, self.sde_type)
             return step_doubling(sde, t, y, dt, noise, self.method, self.options)
 
     def first_step_size(self, t: float, y: Tensor, span: float, rtol: float, atol: float) -> float:
@@ -236,6 +235,7 @@ class NeuralSDE(nn.Module):
 
     def _solve(self, y0: Tensor, points: list[float], noise: Any) -> list[Tensor]:
         record = self.last_solve = SDESolveRecord(points[0], points[-1])
+        grid = torch.tensor(points, dtype=y0.dtype, device=y0.device)
         trace = Trace(
             record,
             adaptive=self.adaptive,
@@ -245,9 +245,10 @@ class NeuralSDE(nn.Module):
             reversible=self.method == "reversible_heun",
         )
         sde = TracedSDE(self.drift, self.diffusion, self.noise_type, self.sde_type, trace)
+        if noise is None:
+            noise = self._noise(sde, y0, float(grid[0]), float(grid[-1]), self._entropy())
         traced = TracedNoise(noise, trace)
         states, size = [y0], self.dt
-        grid = torch.tensor(points, dtype=y0.dtype, device=y0.device)
         try:
             for start, end in zip(grid[:-1], grid[1:], strict=True):
                 # a step that is cut to the span would not shrink when it is rejected
@@ -275,7 +276,7 @@ class NeuralSDE(nn.Module):
             "options": self.options,
         }
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*not guaranteed to converge.*Euler--Maruyama")  # said in the card
+            warnings.filterwarnings("ignore", ".*not guaranteed to converge.*Euler--Maruyama")  # said above
             if not self.adjoint:
                 return torchsde.sdeint(sde, y, span, **arguments)[-1]
             parameters = [p for part in (self.drift, self.diffusion) for p in part.parameters() if p.requires_grad]
@@ -291,13 +292,10 @@ class NeuralSDE(nn.Module):
                 adjoint_atol=self.atol,
             )[-1]
 
-    def _noise(self, y: Tensor, start: float, end: float, entropy: Any) -> torchsde.BrownianInterval:
-        channels = y.shape[1]
-        if self.noise_type == "scalar":
-            channels = 1
-        elif self.noise_type != "diagonal":
-            with torch.no_grad():
-                channels = self.diffusion(torch.as_tensor(start, dtype=y.dtype, device=y.device), y).shape[-1]
+    def _noise(self, sde: TracedSDE, y: Tensor, start: float, end: float, entropy: Any) -> torchsde.BrownianInterval:
+        channels = {"diagonal": y.shape[1], "scalar": 1}.get(self.noise_type)
+        if channels is None:  # an evaluation that the solve, which starts there, does not repeat
+            channels = sde.g(torch.as_tensor(start, dtype=y.dtype, device=y.device), y).shape[-1]
         return torchsde.BrownianInterval(
             start,
             end,

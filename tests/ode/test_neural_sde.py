@@ -8,7 +8,7 @@ import torch
 import torchsde
 from torch import Tensor, nn
 
-from lightning_opt.ode import NeuralSDE, SolveError
+from lightning_opt.ode import TSIT5, NeuralSDE, SolveError
 
 F64 = torch.float64
 DIM, CHANNELS, BATCH = 3, 2, 8
@@ -185,11 +185,15 @@ def test_the_stochastic_adjoint_has_the_gradient_of_the_steps(method: str, noise
         assert (by_adjoint - direct).norm() <= tolerance * direct.norm()
 
 
-def test_evaluations_of_an_adaptive_adjoint_are_counted() -> None:
-    block = block_of(sde_type="stratonovich", adjoint=True)
+@pytest.mark.parametrize("noise_type", ["diagonal", "additive", "general"])
+def test_evaluations_of_an_adaptive_adjoint_are_counted(noise_type: str) -> None:
+    block = block_of(noise_type, sde_type="stratonovich", adjoint=True)
     block(start()).sum().backward()
-    assert block.last_solve.nfe_backward > 0
-    assert block.drift.calls == block.last_solve.nfe_forward + block.last_solve.nfe_backward
+    record = block.last_solve
+    assert record.nfe_backward > 0
+    assert record.diffusion_backward > 0
+    assert block.drift.calls == record.nfe_forward + record.nfe_backward
+    assert block.diffusion.calls == record.diffusion_forward + record.diffusion_backward
 
 
 class Constant(nn.Module):
@@ -228,6 +232,15 @@ def test_training_has_new_noise_that_a_checkpoint_continues() -> None:
     assert not torch.equal(block_of(seed=1)(start()), states[0])
 
 
+def test_every_process_has_its_own_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = block_of()(start())
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    assert torch.equal(block_of()(start()), first)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    assert not torch.equal(block_of()(start()), first)
+
+
 def test_evaluation_has_the_same_noise_and_leaves_training_alone() -> None:
     block, undisturbed = block_of(), block_of()
     first = block.eval()(start())
@@ -242,6 +255,14 @@ def test_global_random_state_is_not_touched() -> None:
     block.step(0.0, start(), 0.1)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.array_equal(np.random.get_state()[1], before[1])
+
+
+@pytest.mark.parametrize("end", [0.1, 0.7])  # which float32 rounds up, and down
+def test_times_that_float32_rounds(end: float) -> None:
+    block = block_of(t_span=(0.0, end)).float()
+    block(start().float())
+    block(start().float(), [0.0, end / 3, end]).sum().backward()
+    assert block.last_solve.t1 == end
 
 
 def test_half_precision_states_are_solved_in_float32() -> None:
@@ -369,7 +390,5 @@ def test_no_warning_reaches_the_user() -> None:
 
 
 def test_a_tableau_is_refused() -> None:
-    from lightning_opt.ode import TSIT5
-
     with pytest.raises(ValueError, match="from its own solver, 'srk', not from a tableau"):
         block_of().step(0.0, start(), 0.1, TSIT5)
