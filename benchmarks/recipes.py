@@ -5,7 +5,8 @@
     python benchmarks/recipes.py --write                          put the numbers into the recipes' headers
 
 A seed sets the initial weights, the order of the data, and what a strategy draws. Every run is the command of the
-recipe's header, in this process, or in two that this one starts for a recipe of two ranks. Finished seeds are kept in ``benchmarks/results/recipes/<name>.json`` and skipped, until the recipe changes.
+recipe's header, in this process, or in two that it starts for a recipe of two ranks. Finished seeds are kept in
+``benchmarks/results/recipes/<name>.json`` and skipped, until the recipe changes.
 """
 
 import argparse
