@@ -235,7 +235,7 @@ class GradientFreeStrategy(DDPStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Add the state of all ranks."""
-        if self._started and "loops" in checkpoint:  # not save_weights_only
+        if self._started and "optimizer_states" in checkpoint:  # not save_weights_only
             state = move_data_to_device(self.search_state(), torch.device("cpu"))
             states: list[Any] = [state]
             if self._is_distributed():
