@@ -207,8 +207,12 @@ class CompressedDDPStrategy(DDPStrategy):
             ranks: list[Any] | None = [None] * self.world_size if self.is_global_zero else None
             dist.gather_object(own, ranks)
             shared = apply_to_collection(self.state.shared_state(), Tensor, _cpu_copy)
-            checkpoint[KEY] = {"shared": shared, "ranks": ranks}
+            checkpoint[KEY] = {"shared": shared, "ranks": ranks, **self.more_to_save()}
         super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+
+    def more_to_save(self) -> dict[str, Any]:
+        """What a strategy adds: tensors and builtins, the same on every rank."""
+        return {}
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:

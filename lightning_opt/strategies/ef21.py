@@ -97,6 +97,7 @@ class EF21Strategy(CompressedDDPStrategy):
     def make_state(self) -> CompressionState:
         state = super().make_state()
         fresh = state.step == 0
+        self._smoothness = (self._loaded or {}).get("smoothness")
         if fresh and not isinstance(self.weights, str):
             try:
                 state.set_weights(self.weights)
@@ -123,6 +124,10 @@ class EF21Strategy(CompressedDDPStrategy):
             return
         self._smoothness = smoothness.tolist()
         state.set_weights((smoothness / smoothness.sum()).tolist())
+
+    @override
+    def more_to_save(self) -> dict[str, Any]:
+        return {"smoothness": self._smoothness}
 
     @override
     def metrics(self, state: CompressionState) -> dict[str, Tensor]:

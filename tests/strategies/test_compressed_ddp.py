@@ -30,7 +30,7 @@ from tests.reference import error_feedback as reference
 settings = {
     "EControlStrategy": {"process_group_backend": "gloo"},
     "EF14Strategy": {},
-    "EF21Strategy": [{}, {"momentum": 0.1, "init": "zeros"}],
+    "EF21Strategy": [{"weights": "auto"}, {"momentum": 0.1, "init": "zeros"}],
     "NaiveCompressionStrategy": {},
 }
 
