@@ -222,10 +222,10 @@ def curve(result: MinimizeResult, measures: dict[str, Objective]) -> dict[str, A
 def summary(rows: dict[str, Any], seeds: list[int]) -> dict[str, Any]:
     payload: dict[str, Any] = {}
     for c in ("5", "0.5"):
-        keys = {name: [f"quadratic/{c}/{name}/0.01/{seed}" for seed in seeds] for name in COLORS}
-        if all(key in rows for several in keys.values() for key in several):
+        finished = finished_seeds(rows, c, seeds)
+        if finished:
             payload[f"quadratic, C = {c}"] = {
-                name: quadratic_row([rows[key] for key in several]) for name, several in keys.items()
+                name: quadratic_row([rows[f"quadratic/{c}/{name}/0.01/{seed}"] for seed in finished]) for name in COLORS
             }
     keys = {
         (name, rate): [f"quadratic/5/{name}/{rate:g}/{seed}" for seed in RATE_SEEDS]
@@ -241,6 +241,11 @@ def summary(rows: dict[str, Any], seeds: list[int]) -> dict[str, Any]:
         for budget in BUDGETS:
             payload[f"digits, {budget} queries of a client"] = digits_table(rows, budget, seeds)
     return payload
+
+
+def finished_seeds(rows: dict[str, Any], c: str, seeds: list[int]) -> list[int]:
+    """Those that all methods have run on."""
+    return [seed for seed in seeds if all(f"quadratic/{c}/{name}/0.01/{seed}" in rows for name in COLORS)]
 
 
 def quadratic_row(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -300,7 +305,7 @@ def draw(rows: dict[str, Any], payload: dict[str, Any], seeds: list[int]) -> Non
     figure, panels = plt.subplots(1, 3, figsize=(13, 3.9), layout="constrained")
     for axes, c in zip(panels, ("5", "0.5"), strict=False):
         for name, color in COLORS.items():
-            runs = [rows[f"quadratic/{c}/{name}/0.01/{seed}"] for seed in seeds]
+            runs = [rows[f"quadratic/{c}/{name}/0.01/{seed}"] for seed in finished_seeds(rows, c, seeds)]
             gaps = np.array([run["F"] for run in runs]) - LEAST
             band(axes, np.array(runs[0]["queries"]) / 1000, gaps, color, name)
         axes.set(
