@@ -221,9 +221,13 @@ class DeepGAStrategy(GradientFreeStrategy):
     def on_train_end(self) -> None:
         """Export the elite."""
         super().on_train_end()
-        if self._export is not None and self.is_global_zero and self.elite is not None:
-            assert self.lightning_module is not None
-            self.export_genome(Path(self.lightning_module.trainer.default_root_dir) / self._export)
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        if self._export is None or self.elite is None or not self.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        path = Path(trainer.default_root_dir) / self._export
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.export_genome(path)
 
     def _begin_at(self, point: Tensor) -> None:
         self._start = point

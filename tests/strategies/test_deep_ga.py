@@ -297,7 +297,8 @@ def test_a_checkpoint_of_another_search_is_refused(tmp_path):
 
 def test_the_genome_is_exported(tmp_path):
     strategy = DeepGAStrategy(**SMALL, export="elite.json")
-    module, _ = fit(strategy, default_root_dir=tmp_path)
+    module, _ = fit(strategy, default_root_dir=tmp_path / "new")
+    tmp_path /= "new"
     assert load_genome(tmp_path / "elite.json") == strategy.elite
     assert torch.equal(load_weights(tmp_path / "elite.json", flatten(Net())), flatten(module))
     with pytest.raises(ValueError, match="before the first generation"):
