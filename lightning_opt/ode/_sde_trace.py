@@ -68,6 +68,7 @@ class Trace:
         self.keep_states, self.keep_graph = keep_states, keep_graph
         self.max_steps, self.reversible = max_steps, reversible
         self.backward = False
+        self.segment_end = record.t1
         self._asked = 0
         self._current: Attempt | None = None
         self._last_drift: tuple[float, Tensor] | None = None
@@ -76,7 +77,7 @@ class Trace:
         """The solver takes a step from ``start`` to ``end``."""
         first = self._asked % self.parts == 0
         self._asked += 1
-        if start == end:
+        if start == end and not (self.backward or self._at_segment_end()):
             raise SolveError.too_small(self.record)
         if self._asked > self.parts * self.max_steps:
             if self.backward:
@@ -96,6 +97,10 @@ class Trace:
             self._current = Attempt(start, end)
         if self.reversible and self._last_drift is not None and self._last_drift[0] == start:
             self._current.state = self._last_drift[1]
+
+    def _at_segment_end(self) -> bool:
+        """Whether the attempt is what rounding left of the segment: its halves may then be of no length."""
+        return self._current is not None and self._asked % self.parts != 1 and self._current.end == self.segment_end
 
     def drift_asked(self, t: float, y: Tensor) -> None:
         """The solver asks for the drift."""

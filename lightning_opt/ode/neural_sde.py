@@ -251,7 +251,7 @@ class NeuralSDE(nn.Module):
         states, size = [y0], self.dt
         try:
             for start, end in zip(grid[:-1], grid[1:], strict=True):
-                # a step that is cut to the span would not shrink when it is rejected
+                trace.segment_end = float(end)
                 states.append(self._integrate(sde, states[-1], torch.stack([start, end]), traced, size))
                 trace.segment_done()
                 if self.adaptive:
@@ -265,10 +265,15 @@ class NeuralSDE(nn.Module):
         return states
 
     def _integrate(self, sde: TracedSDE, y: Tensor, span: Tensor, noise: TracedNoise, size: float) -> Tensor:
+        length = float(span[1] - span[0])
+        size = min(size, length)  # a step that torchsde cuts would not shrink when it is rejected
+        parts = round(length / size)
+        if self.adaptive and abs(parts * size - length) < 1e-5 * size:
+            size *= 1 + 1e-5  # so that rounding leaves no step of 1e-16 for the end
         arguments: dict[str, Any] = {
             "bm": noise,
             "method": self.method,
-            "dt": min(size, float(span[1] - span[0])),
+            "dt": size,
             "adaptive": self.adaptive,
             "rtol": self.rtol,
             "atol": self.atol,

@@ -92,7 +92,7 @@ cases = pytest.mark.parametrize(("sde_type", "method", "noise_type"), CASES)
 def test_the_solve_is_torchsdes_with_fewer_evaluations(
     sde_type: str, method: str, noise_type: str, adaptive: bool
 ) -> None:
-    block = block_of(noise_type, sde_type=sde_type, method=method, adaptive=adaptive)
+    block = block_of(noise_type, sde_type=sde_type, method=method, adaptive=adaptive, dt=0.13)
     y0 = start()
     ours = block(y0, noise=path(block))
     record = block.last_solve
@@ -102,7 +102,7 @@ def test_the_solve_is_torchsdes_with_fewer_evaluations(
     gradients = [p.grad.clone() for p in block.parameters()]
     block.zero_grad()
     theirs = torchsde.sdeint(
-        plain(block), y0, SPAN, bm=path(block), method=method, dt=0.1, adaptive=adaptive, rtol=1e-2, atol=1e-2
+        plain(block), y0, SPAN, bm=path(block), method=method, dt=0.13, adaptive=adaptive, rtol=1e-2, atol=1e-2
     )[-1]
     assert torch.equal(ours, theirs)
     assert block.drift.calls - record.nfe_forward > record.nfe_forward  # torchsde evaluates some places again
@@ -263,6 +263,14 @@ def test_times_that_float32_rounds(end: float) -> None:
     block(start().float())
     block(start().float(), [0.0, end / 3, end]).sum().backward()
     assert block.last_solve.t1 == end
+
+
+@pytest.mark.parametrize("method", ["euler", "srk"])
+def test_steps_that_divide_a_segment_leave_nothing_at_its_end(method: str) -> None:
+    block = NeuralSDE(Constant(1.0), Constant(0.1), method=method, dt=0.05, rtol=1.0, atol=1.0)
+    states = block(torch.zeros(4, 1), torch.linspace(0, 1, 41))
+    assert states.isfinite().all()
+    assert block.last_solve.accepted == 40
 
 
 def test_half_precision_states_are_solved_in_float32() -> None:
