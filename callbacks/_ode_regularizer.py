@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
@@ -109,6 +110,11 @@ class ODERegularizer(pl.Callback):
         if stage == "fit":
             self._forget()
             self._begin()
+            if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+                raise MisconfigurationException(
+                    f"{type(self).__name__} evaluates the dynamics by themselves, and {type(trainer.strategy).__name__}"
+                    " may hold parts of them; use a single device or DDP."
+                )
             if not pl_module.automatic_optimization and not _refers_to(type(pl_module), ode_regularization.__name__):
                 raise MisconfigurationException(
                     f"{type(self).__name__} cannot add its term to a loss that {type(pl_module).__name__} optimizes by"

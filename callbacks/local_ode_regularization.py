@@ -1,6 +1,7 @@
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -88,6 +89,7 @@ class LocalODERegularization(ODERegularizer):
     """
 
     prefix = "local_reg"
+    _warned: bool
 
     def __init__(
         self,
@@ -138,6 +140,7 @@ class LocalODERegularization(ODERegularizer):
             atol=self.atol,
         )
         self._row |= {"time": place.t, "dt": place.dt}
+        self._warn_of_rounding(block, place.y.dtype)
         return local_term(
             block,
             place,
@@ -148,6 +151,20 @@ class LocalODERegularization(ODERegularizer):
             norm=self.norm,
             generator=generator,
         )
+
+    def _warn_of_rounding(self, block: Any, dtype: torch.dtype) -> None:
+        rtol, atol = (block.rtol if self.rtol is None else self.rtol), (block.atol if self.atol is None else self.atol)
+        if rtol + atol < 10 * torch.finfo(dtype).eps and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"LocalODERegularization: tolerances of {max(rtol, atol):g} are below ten roundings of {dtype}, so that"
+                " the local error is rounding noise; raise them, or train with precision='64-true'"
+            )
+
+    @override
+    def _begin(self) -> None:
+        super()._begin()
+        self._warned = False
 
     @override
     def _rank(self) -> int:

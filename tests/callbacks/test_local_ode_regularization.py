@@ -285,6 +285,18 @@ def test_mixed_precision_leaves_solve_and_term_in_float32():
     assert all(0 < row["local_reg/value"] <= row["local_reg/dt"] * 1.5 for row in rows.rows.values())
 
 
+def test_tolerances_below_rounding_are_warned_about():
+    with pytest.warns(UserWarning, match="tolerances of 1e-15 are below ten roundings of torch.float64"):
+        fit(Module(), LocalODERegularization(coeff=0.0, rtol=1e-15, atol=1e-15), logger=Rows())
+
+
+def test_a_strategy_that_shards_is_refused():
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.strategy.__class__ = type("Shards", (pl.strategies.Strategy,), {"__abstractmethods__": frozenset()})
+    with pytest.raises(MisconfigurationException, match="Shards may hold parts of them"):
+        LocalODERegularization().setup(trainer, Module(), "fit")
+
+
 def test_global_terms_and_taynode_are_added():
     for callback, value in [
         (GlobalODERegularization(coeff=2.0, decay="constant"), global_regularization),
