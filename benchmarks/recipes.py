@@ -32,6 +32,7 @@ MEASURES = {  # what a recipe is judged by: its words, its factor, its digits
     "accuracy": ("% test accuracy", 100, 1),
     "bits_per_character": ("bits per character of the test text", 1, 3),
     "mse": ("mean squared error of test values", 1, 4),
+    "moment_error": ("RMS error of means and deviations", 1, 3),
     "frechet": ("Frechet distance of samples to test images", 1, 2),
 }
 

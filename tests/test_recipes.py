@@ -45,6 +45,7 @@ JUDGES = [
     ("frechet", 1, 2, "Frechet distance"),
     ("bits_per_character", 1, 3, "bits"),
     ("mse", 1, 4, "mean squared error"),
+    ("moment_error", 1, 3, "RMS error"),
 ]
 
 

@@ -16,3 +16,4 @@ from .mnist import KMNIST as KMNIST
 from .mnist import MNIST as MNIST
 from .mnist import FashionMNIST as FashionMNIST
 from .resumable_loader import ResumableLoader as ResumableLoader
+from .spiral_sde import SpiralSDE as SpiralSDE

@@ -4,5 +4,7 @@ from .language_model import LanguageModel as LanguageModel
 from .latent_ode import LatentODE as LatentODE
 from .mlp import MLP as MLP
 from .neural_ode_classifier import NeuralODEClassifier as NeuralODEClassifier
+from .neural_sde_classifier import NeuralSDEClassifier as NeuralSDEClassifier
+from .neural_sde_moments import NeuralSDEMoments as NeuralSDEMoments
 from .resnet import ResNet as ResNet
 from .time_dependent_mlp import TimeDependentMLP as TimeDependentMLP

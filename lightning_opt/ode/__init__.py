@@ -1,6 +1,7 @@
 """Neural differential equations that are cheap to evaluate: embedded Runge-Kutta steps, blocks, regularizers.
 
-Needs the extra ``ode`` for the methods of torchdiffeq; the library's own solver needs torch alone.
+Needs the extra ``ode`` for the methods of torchdiffeq and for stochastic equations; the library's own solver of
+ordinary ones needs torch alone.
 """
 
 import lazy_loader

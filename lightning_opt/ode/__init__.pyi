@@ -9,6 +9,10 @@ from .local_regularization import local_regularization as local_regularization
 from .local_regularization import local_term as local_term
 from .local_regularization import sample_place as sample_place
 from .neural_ode import NeuralODE as NeuralODE
+from .neural_sde import NeuralSDE as NeuralSDE
+from .sde_step import euler_heun_step as euler_heun_step
+from .sde_step import sri_step as sri_step
+from .sde_step import step_doubling as step_doubling
 from .solve_error import SolveError as SolveError
 from .solve_ode import first_step_size as first_step_size
 from .solve_ode import solve_ode as solve_ode
