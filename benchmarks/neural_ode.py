@@ -611,7 +611,7 @@ def draw_front(rows: dict[Key, Row]) -> None:
     import matplotlib.pyplot as plt
 
     found = summary(rows)
-    figure, places = plt.subplots(1, len(found), figsize=(4.6 * len(found), 4.2), squeeze=False)
+    figure, places = plt.subplots(1, len(found), figsize=(4.6 * len(found), 5), squeeze=False, layout="constrained")
     marks = dict(zip(METHODS, "*osDv^<>Phd", strict=False))
     for axes, (data, result) in zip(places[0], found.items(), strict=True):
         for number, (method, front) in enumerate(result["front"].items()):
@@ -623,7 +623,7 @@ def draw_front(rows: dict[Key, Row]) -> None:
         axes.axvline(0.556 * plain["test_nfe"], color="0.6", lw=1, ls="--")
         axes.axhline(100 * plain["test_accuracy"] - 0.5, color="0.6", lw=1, ls="--")
         axes.set(xlabel="function evaluations of a prediction", ylabel="test accuracy, %", title=data)
-    places[0][0].legend(fontsize=7)
+    figure.legend(*places[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     _save(figure, "local-ode-regularization-front.png")
 
 
