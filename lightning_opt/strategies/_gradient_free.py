@@ -251,8 +251,8 @@ class GradientFreeStrategy(DDPStrategy):
         return checkpoint
 
     def teardown(self) -> None:
-        """Let go of the batch; the state stays, to be saved."""
-        self._batch = None
+        """Let go of the batch and of a checkpoint that was loaded to evaluate; the state stays, to be saved."""
+        self._batch = self._loaded = None
         super().teardown()
 
     # Helpers

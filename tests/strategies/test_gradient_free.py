@@ -346,6 +346,16 @@ def test_weights_alone_and_evaluation_alone(tmp_path):
     )
 
 
+def test_a_checkpoint_that_was_evaluated_is_not_resumed(tmp_path):
+    fitting = trainer(max_steps=3)
+    fitting.fit(Net(), loader())
+    fitting.save_checkpoint(tmp_path / "some.ckpt")
+    again = trainer(max_steps=1)
+    again.validate(Validated(), loader(), ckpt_path=tmp_path / "some.ckpt", verbose=False)
+    again.fit(Net(), loader())
+    assert again.strategy.steps == 1
+
+
 def test_a_trainer_fits_twice_and_runs_fast():
     module, fitting = Net(), trainer(max_epochs=1)
     fitting.fit(module, loader())
