@@ -222,6 +222,24 @@ def test_several_blocks_by_name_and_by_themselves():
         assert "local_reg/value/second" not in rows.rows[0]
 
 
+@pytest.mark.parametrize("callback", [LocalODERegularization, GlobalODERegularization, TayNODE])
+def test_a_compiled_block_is_one_block(callback):
+    class Compiled(Module):
+        def __init__(self):
+            super().__init__()
+            self.ode = torch.compile(self.ode, backend="eager")
+
+        def training_step(self, batch, batch_idx):
+            return (self.ode(batch[0]) - batch[1]).square().mean()
+
+    fit(plain := Module(), callback("ode"))
+    for block in (None, "ode", (module := Compiled()).ode):
+        compiled = module if isinstance(block, nn.Module) else Compiled()
+        fit(compiled, callback(block))
+        for one, other in zip(plain.parameters(), compiled.parameters(), strict=True):
+            assert torch.equal(one, other)
+
+
 def test_in_manual_optimization_the_module_adds_the_term():
     callback = LocalODERegularization(coeff=3.0)
     by_hand, automatic = fit(Manual(), callback), fit(Module(), callback)
