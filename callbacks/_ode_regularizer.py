@@ -46,6 +46,7 @@ class ODERegularizer(pl.Callback):
     prefix: ClassVar[str]
     needs_graph: ClassVar[bool] = False
     """Whether it differentiates through the solve."""
+    needs_gradients: ClassVar[bool] = True  # strategies without them refuse it
 
     def __init__(
         self,
