@@ -11,10 +11,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_opt.callbacks import (
     STEER,
     GlobalODERegularization,
+    LanczosLRLearner,
     LocalODERegularization,
     TayNODE,
     ode_regularization,
 )
+from lightning_opt._lightning.probe import probing
 from lightning_opt.ode import NeuralODE, global_regularization, local_term, sample_place, taynode_regularization
 from lightning_opt.testing._ranks import on_two_ranks
 
@@ -238,6 +240,43 @@ def test_a_compiled_block_is_one_block(callback):
         fit(compiled, callback(block))
         for one, other in zip(plain.parameters(), compiled.parameters(), strict=True):
             assert torch.equal(one, other)
+
+
+class Plain(Module):
+    def training_step(self, batch, batch_idx):
+        return (self.ode(batch[0]) - batch[1]).square().mean()
+
+
+class Probe(pl.Callback):
+    """Evaluates the loss as other plugins do, behind the forward pass, and keeps its values."""
+
+    def __init__(self, training):
+        self.training, self.losses = training, []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        with probing(trainer, pl_module) as loss:
+            pl_module.train(self.training)
+            self.losses.append(loss([x[:4] for x in data().tensors]).item())
+            pl_module.train()
+
+
+@pytest.mark.parametrize("callback", [LocalODERegularization, GlobalODERegularization, TayNODE])
+def test_a_probe_leaves_no_trace(callback):
+    """In evaluation mode it sees the loss alone."""
+    rows, values = [Rows() for _ in range(3)], {}
+    fit(plain := Plain(), callback(), logger=rows[0])
+    for logger, training in zip(rows[1:], (True, False), strict=True):
+        fit(module := Plain(), callback(), probe := Probe(training), logger=logger)
+        values[training] = probe.losses
+        assert logger.rows == rows[0].rows
+        for one, other in zip(plain.parameters(), module.parameters(), strict=True):
+            assert torch.equal(one, other)
+    assert all(a > b for a, b in zip(values[True], values[False], strict=True))
+
+
+def test_a_learning_rate_from_the_curvature_beside_a_regularizer():
+    fit(module := Plain(), LocalODERegularization(), LanczosLRLearner())
+    assert all(p.isfinite().all() for p in module.parameters())
 
 
 def test_in_manual_optimization_the_module_adds_the_term():
