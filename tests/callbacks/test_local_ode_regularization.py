@@ -8,6 +8,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_opt._lightning.probe import probing
 from lightning_opt.callbacks import (
     STEER,
     GlobalODERegularization,
@@ -16,7 +17,6 @@ from lightning_opt.callbacks import (
     TayNODE,
     ode_regularization,
 )
-from lightning_opt._lightning.probe import probing
 from lightning_opt.ode import NeuralODE, global_regularization, local_term, sample_place, taynode_regularization
 from lightning_opt.testing._ranks import on_two_ranks
 
