@@ -256,9 +256,7 @@ def mixed_precision(rank: int) -> dict[str, Any]:
 
 def logs(rank: int, folder: Path) -> dict[str, Any]:
     logger = CSVLogger(folder)
-    trainer = fit(
-        Small(), EControlStrategy(TopK(0.1)), classes_loader(rank), logger=logger, log_every_n_steps=STEPS
-    )
+    trainer = fit(Small(), EControlStrategy(TopK(0.1)), classes_loader(rank), logger=logger, log_every_n_steps=STEPS)
     lines = Path(logger.log_dir, "metrics.csv").read_text().splitlines() if rank == 0 else []
     rows = list(csv.DictReader(lines))
     values = {k: float(v) for k, v in trainer.logged_metrics.items() if k.startswith("comm/")}
