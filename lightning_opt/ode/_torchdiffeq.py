@@ -51,4 +51,18 @@ def solve_by_torchdiffeq(
     if not bool(states.detach().isfinite().all()):  # fixed steps have no error estimate that would tell
         raise SolveError.not_finite(record)
     func.backward_pass = True
-    return states
+    return _OnceDifferentiable.apply(states) if block.adjoint and states.requires_grad else states
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """The identity; torchdiffeq's adjoint would leave second derivatives out without a word."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor) -> Tensor:
+        return states.view_as(states)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            raise RuntimeError("the gradient of an adjoint solve has no derivative: build the block with adjoint=False")
+        return gradients[0]

@@ -176,6 +176,8 @@ class NeuralSDE(nn.Module):
         points = self._points(times)
         if not isinstance(y0, Tensor) or not y0.is_floating_point() or y0.ndim != 2:
             raise ValueError(f"the state must be a floating-point tensor [batch, dim], got {_kind(y0)}")
+        if not y0.numel():
+            raise ValueError(f"the state must have elements, got {_kind(y0)}")
         with torch.autocast(y0.device.type, enabled=False):
             y0 = y0.float() if y0.dtype in (torch.float16, torch.bfloat16) else y0
             if noise is not None and self.adjoint and torch.is_grad_enabled():
@@ -236,6 +238,8 @@ class NeuralSDE(nn.Module):
     def _solve(self, y0: Tensor, points: list[float], noise: Any) -> list[Tensor]:
         record = self.last_solve = SDESolveRecord(points[0], points[-1])
         grid = torch.tensor(points, dtype=y0.dtype, device=y0.device)
+        if not bool((grid.diff() > 0).all()):
+            raise ValueError(f"times must differ in the precision of the state, {y0.dtype}, got {points}")
         trace = Trace(
             record,
             adaptive=self.adaptive,
@@ -322,9 +326,12 @@ class NeuralSDE(nn.Module):
     def _points(self, times: Tensor | Sequence[float] | None) -> list[float]:
         if times is None:
             return list(self.t_span)
+        if isinstance(times, Tensor) and (times.ndim != 1 or times.requires_grad):
+            what = "that requires a gradient, which times have not" if times.requires_grad else "that is not flat"
+            raise ValueError(f"times must be constants in one dimension, got a tensor {what}")
         points = [float(t) for t in (times.tolist() if isinstance(times, Tensor) else times)]
-        if len(points) < 2 or not all(a < b for a, b in zip(points, points[1:], strict=False)):
-            raise ValueError(f"times must be two or more, strictly increasing, got {points}: {_FORWARD}")
+        if len(points) < 2 or not all(0 < b - a < math.inf for a, b in zip(points, points[1:], strict=False)):
+            raise ValueError(f"times must be two or more, finite and strictly increasing, got {points}: {_FORWARD}")
         return points
 
     def _check_elementwise(self, y: Tensor, t: float) -> None:

@@ -29,7 +29,7 @@ def changes_of(evaluate: Callable[[Tensor], Tensor], flat: FlatParameters, x: Te
         moved = x[part.flatten()] + _FAR * (1 + torch.arange(part.numel()) % 3)  # not alike: a norm may cancel that
         points[row, part.flatten()] = moved % 1 if box.is_bounded else moved
     values = evaluate(box.from_unit(points)).to("cpu")
-    tolerance = 16 * torch.finfo(values.dtype).eps * values[0].abs()
+    tolerance = 16 * torch.finfo(values.dtype).eps * values[0].abs().nan_to_num(nan=0.0, posinf=0.0)
     changes = (values[1:] - values[0]).abs().nan_to_num(nan=1.0, posinf=1.0)
     return torch.where(changes > tolerance, changes, 0.0).to(torch.float64)
 

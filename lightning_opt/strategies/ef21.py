@@ -103,6 +103,11 @@ class EF21Strategy(CompressedDDPStrategy):
                 state.set_weights(self.weights)
             except ValueError as error:
                 raise MisconfigurationException(f"EF21Strategy: {error}") from error
+        elif not isinstance(self.weights, str) and state.weights not in (None, self.weights):
+            rank_zero_warn(
+                f"EF21Strategy goes on with the ranks' weights of the checkpoint, {state.weights}, which its estimates"
+                f" were made with, and not with weights={self.weights}."
+            )
         self._to_be_weighed = fresh and self.weights == "auto"
         return state
 

@@ -260,6 +260,13 @@ def test_fixed_steps_to_a_state_that_is_not_finite_say_so(method, adjoint):
         block(method=method, adjoint=adjoint)(torch.full((1, 3), math.nan, dtype=torch.float64))
 
 
+def test_the_adjoint_of_torchdiffeq_has_no_second_derivative():
+    ode = block(method="dopri8", adjoint=True)
+    loss = ode(torch.ones(1, 3, dtype=torch.float64)).square().sum()
+    with pytest.raises(RuntimeError, match="no derivative: build the block with adjoint=False"):
+        torch.autograd.grad(loss, list(ode.parameters()), create_graph=True)
+
+
 def test_dynamics_that_give_no_tensor_are_refused():
     class Pair(nn.Module):
         def forward(self, t, y):

@@ -315,6 +315,11 @@ def test_a_module_without_time_is_named() -> None:
         (torch.zeros(3, 1, dtype=torch.int64), None, "the state must be a floating-point tensor"),
         (torch.zeros(3, 1), [0.0, 0.0], "strictly increasing, got .* noise is drawn forward in time"),
         (torch.zeros(3, 1), [1.0, 0.0], "strictly increasing"),
+        (torch.zeros(3, 1), [0.0, math.inf], "finite and strictly increasing"),
+        (torch.zeros(3, 1), [1.0, 1.0 + 1e-9], "must differ in the precision of the state, torch.float32"),
+        (torch.zeros(3, 1), torch.tensor(1.0), "a tensor that is not flat"),
+        (torch.zeros(3, 1), torch.tensor([0.0, 1.0], requires_grad=True), "a tensor that requires a gradient"),
+        (torch.zeros(0, 1), [0.0, 1.0], r"must have elements, got one of torch.float32, \(0, 1\)"),
         (torch.zeros(3, 1), [0.0], "two or more"),
     ],
 )

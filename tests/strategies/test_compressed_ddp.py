@@ -22,8 +22,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_opt  # noqa: F401  # registers the names
-from lightning_opt.compression import Identity, QuantizeInt8, RandK, ScaledSign, TopK, compressed_allreduce_hook
+from lightning_opt.compression import (
+    CompressionState,
+    Identity,
+    QuantizeInt8,
+    RandK,
+    ScaledSign,
+    TopK,
+    compressed_allreduce_hook,
+)
 from lightning_opt.strategies import EControlStrategy, EF14Strategy, EF21Strategy, NaiveCompressionStrategy
+from lightning_opt.strategies._compressed_ddp import CompressedDDPStrategy
 from lightning_opt.testing._ranks import on_two_ranks
 from tests.reference import error_feedback as reference
 
@@ -182,6 +191,14 @@ RESUMED = {
     "econtrol": lambda: EControlStrategy(RandK(0.1)),
     "ef14": lambda: EF14Strategy(ScaledSign(), error_dtype="bfloat16"),
 }
+
+
+def test_weights_of_the_ranks_are_those_of_the_checkpoint(monkeypatch) -> None:
+    state = CompressionState("ef21", TopK(k=2), weights=[0.2, 0.8], world_size=2)
+    state.step = 3
+    monkeypatch.setattr(CompressedDDPStrategy, "make_state", lambda self: state)
+    with pytest.warns(UserWarning, match=r"goes on with the ranks' weights of the checkpoint, \[0.2, 0.8\]"):
+        assert EF21Strategy(weights=[0.5, 0.5]).make_state().weights == [0.2, 0.8]
 
 
 def regression(rank: int, strategy: Any) -> Tensor:

@@ -324,6 +324,11 @@ def test_half_precision_of_the_module_is_not_that_of_the_surrogate():
     assert float(module.x.detach().square().sum()) < 0.5 * D * 0.36
 
 
+class NeverValue(Bowl):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * math.nan
+
+
 class NoValue(Bowl):
     def training_step(self, batch, batch_idx):
         return None if self.global_step else super().training_step(batch, batch_idx)
@@ -346,6 +351,7 @@ class NoValue(Bowl):
         (Bowl, {}, {"bounds": (-0.5, 0.5)}, MisconfigurationException, "start lies outside of the bounds"),
         (Bowl, {}, {"param_filter": "y"}, MisconfigurationException, "must be a parameter to search"),
         (lambda: Bowl(nan_on=0), {}, {}, NonFiniteObjectiveError, "objective of rank 0 is not finite"),
+        (NeverValue, {}, {}, NonFiniteObjectiveError, "objective of rank 0 is not finite"),
         (NoValue, {}, {}, NonFiniteObjectiveError, "objective of rank 0 is not finite"),
     ],
 )
