@@ -20,7 +20,9 @@ def find_blocks(module: nn.Module, block: str | nn.Module | None, who: str) -> d
     Raises:
         MisconfigurationException: If there is none, or not this one.
     """
-    found = {name: m for name, m in module.named_modules() if is_block(m)}
+    # what torch.compile wraps is the block, and its wrapper has the same attributes
+    found = {_plain(name): m for name, m in module.named_modules() if is_block(m) and not hasattr(m, "_orig_mod")}
+    block = getattr(block, "_orig_mod", block)
     have = f"{type(module).__name__} has {', '.join(map(repr, found)) or 'none'}"
     if block is None:
         if not found:
@@ -39,6 +41,10 @@ def find_blocks(module: nn.Module, block: str | nn.Module | None, who: str) -> d
         if candidate is block:
             return {name: candidate}
     raise MisconfigurationException(f"{who}: the {type(block).__name__} given is no block of the module; {have}")
+
+
+def _plain(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def is_block(module: nn.Module) -> bool:

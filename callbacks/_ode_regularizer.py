@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from lightning_opt._checks import check_interval
 from lightning_opt._lightning.log_rows import row_is_due, write_row
+from lightning_opt._lightning.probe import is_probed
 from lightning_opt.ode.coefficient import Decay, check_coefficient, coefficient
 
 from ._arguments import described_by_arguments
@@ -27,6 +28,7 @@ from ._report_history import Curve
 from ._report_panel import Panel
 from ._training_terms import add_term, remove_term
 
+_OF_A_STEP = ("_seen", "_called", "_ever_solved", "_row", "_skipped")
 COUNTS = ("nfe_forward", "nfe_backward", "accepted", "rejected")
 
 
@@ -46,6 +48,7 @@ class ODERegularizer(pl.Callback):
     prefix: ClassVar[str]
     needs_graph: ClassVar[bool] = False
     """Whether it differentiates through the solve."""
+    needs_gradients: ClassVar[bool] = True  # strategies without them refuse it
 
     def __init__(
         self,
@@ -104,6 +107,7 @@ class ODERegularizer(pl.Callback):
         self._called = False  # the function for manual optimization, within the step under way
         self._ever_solved = False
         self._row: dict[str, Tensor | float] = {}
+        self._before_probe: dict[str, Any] | None = None  # what the probe under way will put back
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -151,13 +155,23 @@ class ODERegularizer(pl.Callback):
 
     def before_step(self) -> None:
         """Called before ``training_step``."""
+        self._before_probe = None
+        if is_probed(self._module()):
+            self._before_probe = {name: vars(self)[name] for name in _OF_A_STEP}
         self._seen = [block.last_solve for block in self._blocks.values()]
         self._called = False
 
     def after_step(self) -> Tensor | None:
-        """The term for the loss that ``training_step`` returned; None where it is not wanted."""
-        assert self._trainer is not None
-        if self._trainer.lightning_module.automatic_optimization:
+        """The term for the loss that ``training_step`` returned; None where it is not wanted.
+
+        Another plugin's probe gets it too, unless it evaluates in evaluation mode, and leaves no trace here.
+        """
+        if self._before_probe is not None:
+            term = self.term() if self._module().training else None
+            vars(self).update(self._before_probe)
+            self._before_probe = None
+            return term
+        if self._module().automatic_optimization:
             return self.term()
         if not self._called:
             raise MisconfigurationException(
@@ -192,6 +206,10 @@ class ODERegularizer(pl.Callback):
                     continue
                 total = weight * value if total is None else total + weight * value.to(total.device)
         return total
+
+    def _module(self) -> pl.LightningModule:
+        assert self._trainer is not None
+        return self._trainer.lightning_module
 
     def _value(self, block: Any, index: int) -> Tensor:
         """With draws that only depend on seed, batch, rank and block, so that a resumed run has the same."""

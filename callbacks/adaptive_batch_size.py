@@ -113,6 +113,7 @@ class AdaptiveBatchSize(pl.Callback):
     """
 
     owns: ClassVar[frozenset[Possession]] = frozenset({"batch size"})
+    needs_gradients: ClassVar[bool] = True  # strategies without them refuse it
 
     def __init__(
         self,

@@ -1,5 +1,5 @@
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -68,6 +68,8 @@ class GradNormRecorder(pl.Callback):
         >>> GradNormRecorder(every_n_steps=10)
         GradNormRecorder(norm='auto', dirpath=None, filename='gradnorms.npz', every_n_steps=10)
     """
+
+    needs_gradients: ClassVar[bool] = True  # strategies without them refuse it
 
     def __init__(
         self,

@@ -153,6 +153,7 @@ class LanczosLRLearner(StepProbe):
     """
 
     owns: ClassVar[frozenset[Possession]] = frozenset({"learning rate"})
+    needs_gradients: ClassVar[bool] = True  # strategies without them refuse it
     _measured: list[Tensor]  # parameters
     _clock: float | None  # when the micro-batch under way began, in a step that is timed
 

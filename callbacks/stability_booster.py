@@ -72,6 +72,7 @@ class StabilityBooster(StepProbe):
     """
 
     owns: ClassVar[frozenset[Possession]] = frozenset({"learning rate"})
+    needs_gradients: ClassVar[bool] = True  # strategies without them refuse it
 
     def __init__(
         self,

@@ -52,11 +52,13 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
 
 
 def nearest(word: str, words: Iterable[str], count: int = 3) -> list[str]:
-    """The words nearest to a misspelt one, best first, ignoring case.
+    """The words nearest to a misspelt one, best first, ignoring case; those much farther than the best are left out.
 
     Example:
         >>> nearest("adabelif", ["AdaBelief", "Lion"])
         ['AdaBelief']
     """
     by_lower = {w.lower(): w for w in words}
-    return [by_lower[w] for w in difflib.get_close_matches(word.lower(), by_lower, count, cutoff=0.6)]
+    found = difflib.get_close_matches(word.lower(), by_lower, count, cutoff=0.6)
+    likeness = [difflib.SequenceMatcher(None, w, word.lower()).ratio() for w in found]
+    return [by_lower[w] for w, ratio in zip(found, likeness, strict=True) if ratio > likeness[0] - 0.15]

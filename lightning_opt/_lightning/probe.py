@@ -135,6 +135,11 @@ def untouched(module: nn.Module, device: torch.device) -> Iterator[None]:
         _set_random_states(device, generators)
 
 
+def is_probed(module: nn.Module) -> bool:
+    """Whether a LightningModule is being evaluated within :func:`untouched`."""
+    return vars(module).get("log") is _silent
+
+
 def loss_of(module: Any, loss_fn: LossFn | None = None, batch_idx: int = 0) -> Loss:
     """The loss of a batch as a scalar: that of ``loss_fn``, or else of ``training_step``; NaN for a skipped batch."""
     step = loss_fn or _training_step(module, batch_idx)

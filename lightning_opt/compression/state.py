@@ -142,7 +142,8 @@ class CompressionState:
         check_interval("world_size", world_size, 1)
         check_interval("rank", rank, 0, world_size - 1)
         self.algorithm, self.compressor, self.eta, self.momentum = algorithm, compressor, eta, momentum
-        self.init, self.min_numel, self.error_dtype, self.backend = init, min_numel, error_dtype, backend
+        self.init, self.error_dtype, self.backend = init, error_dtype, backend
+        self.min_numel = max(min_numel, 1)  # of nothing, nothing is compressed
         self.rank, self.world_size = rank, world_size
         self.method = _METHODS[algorithm]
         self.weights: list[float] | None = None

@@ -48,5 +48,7 @@ def solve_by_torchdiffeq(
         states = solve(func, y0, times, rtol=block.rtol, atol=block.atol, method=block.method, options=options)
     except AssertionError as error:
         raise SolveError.of(error, record, block.max_steps) from error
+    if not bool(states.detach().isfinite().all()):  # fixed steps have no error estimate that would tell
+        raise SolveError.not_finite(record)
     func.backward_pass = True
     return states

@@ -57,7 +57,8 @@ class NeuralODE(nn.Module):
 
     Raises:
         ValueError: If a value is out of its range or ``func`` does not take ``(t, y)``. When called: for a state that
-            is not one floating-point tensor of 32 bits or more, or times that are not strictly monotone.
+            is not one floating-point tensor with elements, or times that are not finite and strictly monotone, or
+            require a gradient.
         SolveError: When called, if the solve takes more than ``max_steps``, the step becomes too small for the
             precision, or a state is not finite.
 
@@ -129,6 +130,8 @@ class NeuralODE(nn.Module):
         points = self._points(times)
         if not isinstance(y0, Tensor) or not y0.is_floating_point():
             raise ValueError(f"the state must be one floating-point tensor, got {_kind(y0)}")
+        if not y0.numel():
+            raise ValueError(f"the state must have elements, got one of shape {tuple(y0.shape)}")
         if any(p.dtype in SHORT for p in self.func.parameters()):
             raise ValueError("the dynamics have parameters of 16 bits, too few for an error estimate; keep them in 32")
         with torch.autocast(y0.device.type, enabled=False):
@@ -189,13 +192,18 @@ class NeuralODE(nn.Module):
         return list(solve_by_torchdiffeq(self, y0, points, record, keeps))
 
     def _points(self, times: Tensor | Sequence[float] | None) -> list[float]:
+        if isinstance(times, Tensor) and (times.ndim != 1 or times.requires_grad):
+            what = "that requires a gradient, which times have not" if times.requires_grad else "that is not flat"
+            raise ValueError(f"times must be constants in one dimension, got a tensor {what}")
         given = self.t_span if times is None else times.tolist() if isinstance(times, Tensor) else times
         points = [float(t) for t in given]
         if self.training:
             points[-1:] = [t + self.end_shift for t in points[-1:]]
         steps = [b - a for a, b in itertools.pairwise(points)]
-        if not steps or not (all(s > 0 for s in steps) or all(s < 0 for s in steps)):
-            raise ValueError(f"times must be two or more, strictly increasing or strictly decreasing, got {points}")
+        if not steps or not (all(s > 0 for s in steps) or all(s < 0 for s in steps)) or math.isinf(sum(steps)):
+            raise ValueError(
+                f"times must be two or more, strictly increasing or strictly decreasing, and finite, got {points}"
+            )
         return points
 
 

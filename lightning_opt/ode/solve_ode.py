@@ -82,6 +82,8 @@ def solve_ode(
     direction = 1.0 if end > begin else -1.0
     t, y = begin, y0
     first = func(time_in(t, y), y)
+    if not isinstance(first, Tensor):
+        raise ValueError(f"func must give a tensor, got {type(first).__name__}")
     if first.shape != y.shape:
         raise ValueError(f"func gives a derivative of shape {tuple(first.shape)} for a state of {tuple(y.shape)}")
     h = direction * first_step_size(func, t, y, end - begin, tableau, rtol, atol, first=first)

@@ -52,7 +52,8 @@ class GradientFreeStrategy(DDPStrategy):
         ValueError: If a value is out of range.
         MisconfigurationException: In ``setup``, for gradient accumulation or clipping, manual optimization, a
             GradScaler (``precision="16-mixed"``), normalization with running statistics, a ``training_step`` that
-            takes ``dataloader_iter``, and arguments that are about DDP's gradients.
+            takes ``dataloader_iter``, arguments that are about DDP's gradients, and a callback that works on gradients
+            (it says ``needs_gradients = True``).
     """
 
     same_batch: ClassVar[bool] = True
@@ -251,8 +252,8 @@ class GradientFreeStrategy(DDPStrategy):
         return checkpoint
 
     def teardown(self) -> None:
-        """Let go of the batch; the state stays, to be saved."""
-        self._batch = None
+        """Let go of the batch and of a checkpoint that was loaded to evaluate; the state stays, to be saved."""
+        self._batch = self._loaded = None
         super().teardown()
 
     # Helpers
@@ -292,6 +293,11 @@ class GradientFreeStrategy(DDPStrategy):
                 raise MisconfigurationException(
                     f"{name} cannot search over a module whose statistics follow the evaluations: {child_name} of type"
                     f" {type(child).__name__} needs track_running_stats=False, or another normalization."
+                )
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if getattr(callback, "needs_gradients", False):
+                raise MisconfigurationException(
+                    f"{name} has no gradients, and {type(callback).__name__} works on them; leave it out."
                 )
         if self._refused:
             raise MisconfigurationException(f"{name} sends no gradients; leave out {', '.join(self._refused)}.")

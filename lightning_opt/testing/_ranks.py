@@ -32,9 +32,9 @@ class TwoRanks:
         needs ``if __name__ == "__main__":``.
 
     Example:
-        >>> with TwoRanks() as ranks:  # doctest: +SKIP
-        ...     ranks.call(os.path.basename, "a/b")
-        ['b', 'b']
+        >>> if __name__ == "__main__":
+        ...     with TwoRanks() as ranks:
+        ...         print(ranks.call(os.path.basename, "a/b"))  # ['b', 'b']
     """
 
     def __init__(self, timeout: float = 180, patience: float = 30) -> None:

@@ -38,7 +38,7 @@ def check_strategy(cls: type[Strategy], /, **kwargs: Any) -> Report:
 
     Example:
         >>> from lightning.pytorch.strategies import DDPStrategy
-        >>> if __name__ == "__main__":  # doctest: +SKIP
+        >>> if __name__ == "__main__":
         ...     print(check_strategy(DDPStrategy, process_group_backend="gloo"))
     """
     with TwoRanks() as ranks:

@@ -8,9 +8,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_opt._lightning.probe import probing
 from lightning_opt.callbacks import (
     STEER,
     GlobalODERegularization,
+    LanczosLRLearner,
     LocalODERegularization,
     TayNODE,
     ode_regularization,
@@ -220,6 +222,61 @@ def test_several_blocks_by_name_and_by_themselves():
         fit(Two() if isinstance(one, str) else module, LocalODERegularization(one), logger=rows)
         assert "local_reg/value" in rows.rows[0]
         assert "local_reg/value/second" not in rows.rows[0]
+
+
+@pytest.mark.parametrize("callback", [LocalODERegularization, GlobalODERegularization, TayNODE])
+def test_a_compiled_block_is_one_block(callback):
+    class Compiled(Module):
+        def __init__(self):
+            super().__init__()
+            self.ode = torch.compile(self.ode, backend="eager")
+
+        def training_step(self, batch, batch_idx):
+            return (self.ode(batch[0]) - batch[1]).square().mean()
+
+    fit(plain := Module(), callback("ode"))
+    for block in (None, "ode", (module := Compiled()).ode):
+        compiled = module if isinstance(block, nn.Module) else Compiled()
+        fit(compiled, callback(block))
+        for one, other in zip(plain.parameters(), compiled.parameters(), strict=True):
+            assert torch.equal(one, other)
+
+
+class Plain(Module):
+    def training_step(self, batch, batch_idx):
+        return (self.ode(batch[0]) - batch[1]).square().mean()
+
+
+class Probe(pl.Callback):
+    """Evaluates the loss as other plugins do, behind the forward pass, and keeps its values."""
+
+    def __init__(self, training):
+        self.training, self.losses = training, []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        with probing(trainer, pl_module) as loss:
+            pl_module.train(self.training)
+            self.losses.append(loss([x[:4] for x in data().tensors]).item())
+            pl_module.train()
+
+
+@pytest.mark.parametrize("callback", [LocalODERegularization, GlobalODERegularization, TayNODE])
+def test_a_probe_leaves_no_trace(callback):
+    """In evaluation mode it sees the loss alone."""
+    rows, values = [Rows() for _ in range(3)], {}
+    fit(plain := Plain(), callback(), logger=rows[0])
+    for logger, training in zip(rows[1:], (True, False), strict=True):
+        fit(module := Plain(), callback(), probe := Probe(training), logger=logger)
+        values[training] = probe.losses
+        assert logger.rows == rows[0].rows
+        for one, other in zip(plain.parameters(), module.parameters(), strict=True):
+            assert torch.equal(one, other)
+    assert all(a > b for a, b in zip(values[True], values[False], strict=True))
+
+
+def test_a_learning_rate_from_the_curvature_beside_a_regularizer():
+    fit(module := Plain(), LocalODERegularization(), LanczosLRLearner())
+    assert all(p.isfinite().all() for p in module.parameters())
 
 
 def test_in_manual_optimization_the_module_adds_the_term():

@@ -312,6 +312,15 @@ def test_wrong_values(make, message):
         make()
 
 
+@pytest.mark.parametrize("algorithm", ["ef14", "ef21", "econtrol"])
+def test_a_parameter_without_elements_says_nothing(algorithm):
+    (state,) = ranks(algorithm, TopK(ratio=0.1), 1, min_numel=0)
+    for _ in range(2):
+        words = state.encode("w", torch.zeros(0))
+        assert len(words) == state.nwords("w", 0) == 0
+        assert state.decode("w", torch.zeros(0), words[None]).shape == (0,)
+
+
 def test_the_state_of_another_algorithm_is_refused():
     states = ranks("ef21", TopK(k=2), 1)
     average(states, [torch.ones(20)])

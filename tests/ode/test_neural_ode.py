@@ -1,4 +1,5 @@
 import copy
+import math
 import pickle
 import sys
 
@@ -207,10 +208,21 @@ def test_what_the_constructor_refuses(options, message):
         NeuralODE(**{"func": Net(), **options})
 
 
-@pytest.mark.parametrize("times", [[0.0, 0.0], [0.0, 1.0, 0.5], [0.0], [0.0, float("nan")]])
+@pytest.mark.parametrize(
+    "times", [[0.0, 0.0], [0.0, 1.0, 0.5], [0.0], [0.0, math.nan], [0.0, math.inf], [-math.inf, 0.0]]
+)
 def test_times_that_are_refused(times):
     with pytest.raises(ValueError, match="times must be two or more, strictly increasing or strictly decreasing"):
         block()(torch.ones(1, 3, dtype=torch.float64), times)
+
+
+def test_times_with_a_gradient_or_more_dimensions_are_refused():
+    y0 = torch.ones(1, 3, dtype=torch.float64)
+    with pytest.raises(ValueError, match="a tensor that requires a gradient"):
+        block()(y0, torch.tensor([0.0, 1.0], requires_grad=True))
+    for shape in ((), (2, 2)):
+        with pytest.raises(ValueError, match="a tensor that is not flat"):
+            block()(y0, torch.ones(shape))
 
 
 def test_states_that_are_refused():
@@ -218,6 +230,8 @@ def test_states_that_are_refused():
         block()(torch.ones(1, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="the state must be one floating-point tensor, got tuple"):
         block()((torch.ones(1, 3), torch.ones(1, 3)))
+    with pytest.raises(ValueError, match=r"the state must have elements, got one of shape \(0, 3\)"):
+        block()(torch.ones(0, 3, dtype=torch.float64))
     with pytest.raises(ValueError, match="parameters of 16 bits"):
         block(Net(dtype=torch.bfloat16))(torch.ones(1, 3, dtype=torch.bfloat16))
 
@@ -237,6 +251,22 @@ def test_a_solve_that_fails_says_why(solver):
         block(Steep(), method="dopri5", solver=solver, max_steps=20)(y0)
     with pytest.raises(SolveError, match=r"is not finite at t = 0\.5|became too small at t = 0\."):
         block(Wrong(), method="dopri5", solver=solver)(y0)
+
+
+@pytest.mark.parametrize("adjoint", [False, True])
+@pytest.mark.parametrize("method", ["euler", "rk4", "implicit_adams"])
+def test_fixed_steps_to_a_state_that_is_not_finite_say_so(method, adjoint):
+    with pytest.raises(SolveError, match="the state is not finite"):
+        block(method=method, adjoint=adjoint)(torch.full((1, 3), math.nan, dtype=torch.float64))
+
+
+def test_dynamics_that_give_no_tensor_are_refused():
+    class Pair(nn.Module):
+        def forward(self, t, y):
+            return y, y
+
+    with pytest.raises(ValueError, match="func must give a tensor, got tuple"):
+        NeuralODE(Pair())(torch.ones(1, 3))
 
 
 def test_fixed_steps_of_torchdiffeq():

@@ -53,7 +53,7 @@ class Regression(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.lr)
 
 
-class Classifier(pl.LightningModule):
+class Small(pl.LightningModule):
     """A small network; ``unused`` gives it a layer that no loss reaches."""
 
     def __init__(self, unused: bool = False) -> None:
@@ -115,7 +115,7 @@ def error_of(*args: Any, **options: Any) -> str:
 def warnings_of(strategy: Any, rank: int) -> str:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fit(Classifier(), strategy, classes_loader(rank, steps=1))
+        fit(Small(), strategy, classes_loader(rank, steps=1))
     return "\n".join(str(w.message) for w in caught)
 
 
@@ -124,7 +124,7 @@ def on_rank(folder: str) -> dict[str, Any]:
     rank = int(os.environ["LOCAL_RANK"])
     results: dict[str, Any] = {}
     results["papers"] = {name: regression(rank, make()) for name, make in PAPERS.items()}
-    dense, identity, ef21 = Classifier(), Classifier(), Classifier()
+    dense, identity, ef21 = Small(), Small(), Small()
     fit(dense, DDPStrategy(), classes_loader(rank))
     fit(identity, EF21Strategy(Identity()), classes_loader(rank))
     trainer = fit(ef21, EF21Strategy(TopK(0.1)), classes_loader(rank))
@@ -132,7 +132,7 @@ def on_rank(folder: str) -> dict[str, Any]:
     results["memory"] = trainer.strategy.state.local_state()
     results["shared"] = trainer.strategy.state.shared_state()["mean_estimate"]
 
-    small = Classifier()
+    small = Small()
     fit(small, EF21Strategy(TopK(0.1), bucket_cap_mb=1e-3, gradient_as_bucket_view=True), classes_loader(rank))
     results["small buckets"] = stacked(small)
 
@@ -140,29 +140,29 @@ def on_rank(folder: str) -> dict[str, Any]:
     results["ranks changed"] = change_ranks(rank, Path(folder))
     results["accumulated"] = accumulate(rank)
 
-    clipped = Classifier()
+    clipped = Small()
     fit(clipped, EControlStrategy(TopK(0.1)), classes_loader(rank), gradient_clip_val=1e-3)
     results["clipped"] = stacked(clipped)
     results["amp"] = mixed_precision(rank)
     results["logs"] = logs(rank, Path(folder, "logs"))
     results["names"] = names(rank)
 
-    results["unused refused"] = error_of(Classifier(unused=True), EF21Strategy(), classes_loader(rank))
-    spare = Classifier(unused=True)
+    results["unused refused"] = error_of(Small(unused=True), EF21Strategy(), classes_loader(rank))
+    spare = Small(unused=True)
     fit(spare, EF21Strategy(find_unused_parameters=True), classes_loader(rank))
     results["unused"] = stacked(spare)
     results["warnings"] = warnings_of(EControlStrategy(TopK(0.9), eta=1.0, error_dtype="bfloat16"), rank)
     results["large eta"] = warnings_of(EControlStrategy(TopK(0.1), eta=0.5), rank)
-    results["three weights"] = error_of(Classifier(), EF21Strategy(weights=[0.2, 0.3, 0.5]), classes_loader(rank))
+    results["three weights"] = error_of(Small(), EF21Strategy(weights=[0.2, 0.3, 0.5]), classes_loader(rank))
     results["sparse"] = error_of(Sparse(), EF21Strategy(), classes_loader(rank))
 
-    last = Classifier()
+    last = Small()
     last.fail_at = 3 if rank == 1 else None
     results["gone"] = error_of(last, EF21Strategy(TopK(0.1)), classes_loader(rank))  # the last: ends the group
     return results
 
 
-def stacked(module: Classifier) -> Tensor:
+def stacked(module: Small) -> Tensor:
     return torch.stack(module.path)
 
 
@@ -192,7 +192,7 @@ def regression(rank: int, strategy: Any) -> Tensor:
 
 
 def resume(rank: int, make: Any, folder: Path) -> dict[str, Tensor]:
-    whole, resumed = Classifier(), Classifier()
+    whole, resumed = Small(), Small()
     checkpoint = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     fit(whole, make(), classes_loader(rank), enable_checkpointing=True, callbacks=[checkpoint], max_epochs=2)
     trainer = fit(resumed, make(), classes_loader(rank), ckpt=folder / "epoch=0.ckpt", max_epochs=2)
@@ -213,15 +213,15 @@ def change_ranks(rank: int, folder: Path) -> dict[str, Any]:
     state["ranks"].append(state["ranks"][0])
     state["shared"]["world_size"] = 3
     torch.save(checkpoint, changed)
-    refused = error_of(Classifier(), EControlStrategy(RandK(0.1)), classes_loader(rank), ckpt=changed, max_epochs=2)
-    other = error_of(Classifier(), EF21Strategy(RandK(0.1)), classes_loader(rank), ckpt=path, max_epochs=2)
-    module, strategy = Classifier(), EControlStrategy(RandK(0.1), on_world_size_change="mean")
+    refused = error_of(Small(), EControlStrategy(RandK(0.1)), classes_loader(rank), ckpt=changed, max_epochs=2)
+    other = error_of(Small(), EF21Strategy(RandK(0.1)), classes_loader(rank), ckpt=path, max_epochs=2)
+    module, strategy = Small(), EControlStrategy(RandK(0.1), on_world_size_change="mean")
     fit(module, strategy, classes_loader(rank), ckpt=changed, max_epochs=2)
     return {"refused": refused, "other": other, "weights": weights(module), "step": strategy.state.step}
 
 
 def accumulate(rank: int) -> dict[str, Tensor]:
-    parts, whole = Classifier(), Classifier()
+    parts, whole = Small(), Small()
     for module, batch, steps, n in ((parts, 16, STEPS, 2), (whole, 32, STEPS // 2, 1)):
         options = {"precision": "64-true", "accumulate_grad_batches": n}
         fit(module, EF21Strategy(TopK(0.1)), classes_loader(rank, batch, steps), **options)
@@ -230,11 +230,11 @@ def accumulate(rank: int) -> dict[str, Tensor]:
 
 def mixed_precision(rank: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
-    module = Classifier()
+    module = Small()
     fit(module, EControlStrategy(TopK(0.1)), classes_loader(rank), precision="bf16-mixed")
     results["bf16"] = weights(module)
     for name, scale in (("fp16", 2.0**10), ("overflow", 2.0**40)):
-        module = Classifier()
+        module = Small()
         before = weights(module)
         scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000)
         plugin = MixedPrecision("16-mixed", "cpu", scaler)
@@ -247,7 +247,7 @@ def mixed_precision(rank: int) -> dict[str, Any]:
             "skipped": state.skipped,
             "estimates": torch.cat([m.estimate for m in state.memory.values() if m.estimate is not None] or [before]),
         }
-    plain = Classifier()
+    plain = Small()
     trainer = fit(plain, EF21Strategy(TopK(0.1)), classes_loader(rank, steps=2))
     memory = trainer.strategy.state.memory.values()
     results["fp32 estimates"] = torch.cat([m.estimate for m in memory if m.estimate is not None])
@@ -256,9 +256,7 @@ def mixed_precision(rank: int) -> dict[str, Any]:
 
 def logs(rank: int, folder: Path) -> dict[str, Any]:
     logger = CSVLogger(folder)
-    trainer = fit(
-        Classifier(), EControlStrategy(TopK(0.1)), classes_loader(rank), logger=logger, log_every_n_steps=STEPS
-    )
+    trainer = fit(Small(), EControlStrategy(TopK(0.1)), classes_loader(rank), logger=logger, log_every_n_steps=STEPS)
     lines = Path(logger.log_dir, "metrics.csv").read_text().splitlines() if rank == 0 else []
     rows = list(csv.DictReader(lines))
     values = {k: float(v) for k, v in trainer.logged_metrics.items() if k.startswith("comm/")}
@@ -268,12 +266,12 @@ def logs(rank: int, folder: Path) -> dict[str, Any]:
 def names(rank: int) -> dict[str, str]:
     found = {}
     for name in ("ddp_ef21", "ddp_ef21_sgdm", "ddp_ef21_w", "ddp_econtrol", "ddp_ef14", "ddp_topk_naive"):
-        trainer = fit(Classifier(), name, classes_loader(rank, steps=2))
+        trainer = fit(Small(), name, classes_loader(rank, steps=2))
         found[name] = f"{type(trainer.strategy).__name__} {trainer.strategy.state.step}"
     return found
 
 
-class Sparse(Classifier):
+class Sparse(Small):
     def __init__(self) -> None:
         super().__init__()
         self.table = nn.Embedding(4, 2, sparse=True)
@@ -443,7 +441,7 @@ def test_a_rank_that_fails_ends_the_others_with_a_hint(ranks):
 def test_one_rank_is_warned_and_trains_as_ddp_does():
     paths = []
     for strategy in (DDPStrategy(), EF21Strategy(TopK(0.1))):
-        module = Classifier()
+        module = Small()
         trainer = pl.Trainer(
             strategy=strategy, devices=1, max_epochs=1, logger=False, enable_checkpointing=False, **QUIET
         )
@@ -486,7 +484,7 @@ def test_sharded_gradients_are_refused():
         strategy=EF21Strategy(), devices=1, plugins=[FSDPPrecision("32-true")], logger=False, max_epochs=1, **QUIET
     )
     with pytest.raises(MisconfigurationException, match="FSDPPrecision: FSDP and DeepSpeed divide gradients"):
-        trainer.fit(Classifier(), classes_loader(0))
+        trainer.fit(Small(), classes_loader(0))
     torch.distributed.destroy_process_group()
     with pytest.raises(TypeError, match="works on the buckets of DistributedDataParallel, and was called with Tensor"):
         compressed_allreduce_hook(None, torch.zeros(3))  # as FSDP calls its hooks
@@ -499,13 +497,13 @@ import time
 from datetime import timedelta
 import lightning.pytorch as pl
 from lightning_opt.strategies import EF21Strategy
-from tests.strategies.test_compressed_ddp import Classifier, classes_loader
+from tests.strategies.test_compressed_ddp import Small, classes_loader
 trainer = pl.Trainer(
     strategy=EF21Strategy(timeout=timedelta(seconds=1)), devices=2, accelerator="cpu", logger=False
 )
 start = time.monotonic()
 try:
-    trainer.fit(Classifier(), classes_loader(0))
+    trainer.fit(Small(), classes_loader(0))
 except Exception as error:
     print(type(error).__name__, error, time.monotonic() - start, sep="|")
 """

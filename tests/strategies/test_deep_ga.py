@@ -282,6 +282,16 @@ def test_a_resumed_run_is_the_whole_one_bit_for_bit(name, tmp_path):
         }
 
 
+def test_a_generation_without_a_better_child_is_resumed(tmp_path):
+    """The elite is then the module's own weights: a genome of no bytes."""
+    strategy = {**SMALL, "mutation_power": 1e3}
+    save = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1)
+    _, trainer = fit(DeepGAStrategy(**strategy), steps=1, callbacks=[save])
+    assert len(trainer.strategy.elite) == 0
+    _, resumed = fit(DeepGAStrategy(**strategy), steps=2, ckpt_path=str(tmp_path / "last.ckpt"))
+    assert resumed.strategy.genetic.generation == 2
+
+
 def test_a_checkpoint_of_another_search_is_refused(tmp_path):
     save = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1)
     fit(steps=2, callbacks=[save])

@@ -17,6 +17,13 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_opt.callbacks import (
+    AdaptiveBatchSize,
+    GlobalODERegularization,
+    GradNormRecorder,
+    LanczosLRLearner,
+    StabilityBooster,
+)
 from lightning_opt.data import ResumableLoader
 from lightning_opt.strategies._candidates import CandidateLoss, FlatParameters, parts
 from lightning_opt.strategies._gradient_free import GradientFreeStrategy
@@ -346,6 +353,16 @@ def test_weights_alone_and_evaluation_alone(tmp_path):
     )
 
 
+def test_a_checkpoint_that_was_evaluated_is_not_resumed(tmp_path):
+    fitting = trainer(max_steps=3)
+    fitting.fit(Net(), loader())
+    fitting.save_checkpoint(tmp_path / "some.ckpt")
+    again = trainer(max_steps=1)
+    again.validate(Validated(), loader(), ckpt_path=tmp_path / "some.ckpt", verbose=False)
+    again.fit(Net(), loader())
+    assert again.strategy.steps == 1
+
+
 def test_a_trainer_fits_twice_and_runs_fast():
     module, fitting = Net(), trainer(max_epochs=1)
     fitting.fit(module, loader())
@@ -405,6 +422,17 @@ def test_what_has_no_meaning_is_refused_before_the_first_step(make, options, mes
     module = make()
     with pytest.raises(MisconfigurationException, match=message):
         trainer(max_steps=1, **options).fit(module, loader())
+    assert module.calls == 0
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [AdaptiveBatchSize, GradNormRecorder, LanczosLRLearner, StabilityBooster, GlobalODERegularization],
+)
+def test_a_callback_that_works_on_gradients_is_refused(callback):
+    module = Net()
+    with pytest.raises(MisconfigurationException, match=f"no gradients, and {callback.__name__} works on them"):
+        trainer(callbacks=[callback()], max_steps=1).fit(module, loader())
     assert module.calls == 0
 
 

@@ -173,13 +173,13 @@ class GeneticSearch:
         return Generation(best, mean, elite_score, sigma, count, novelty_mean)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and builtins: genomes as bytes, no weights."""
+        """Tensors and builtins: genomes as hexadecimal text (torch reloads no empty bytes), no weights."""
         return {
             "settings": self._settings(),
             "generation": self.generation,
             "evaluations": self.evaluations,
-            "parents": [genome.to_bytes() for genome in self.parents],
-            "elite": None if self.elite is None else self.elite.to_bytes(),
+            "parents": [genome.to_bytes().hex() for genome in self.parents],
+            "elite": None if self.elite is None else self.elite.to_bytes().hex(),
             "elite_score": self.elite_score,
             "archive": self.archive,
         }
@@ -198,8 +198,8 @@ class GeneticSearch:
         if differences:
             raise ValueError(f"the state is of another search: {', '.join(differences)}")
         self.generation, self.evaluations = state["generation"], state["evaluations"]
-        self.parents = [Genome.from_bytes(data) for data in state["parents"]]
-        self.elite = None if state["elite"] is None else Genome.from_bytes(state["elite"])
+        self.parents = [Genome.from_bytes(bytes.fromhex(data)) for data in state["parents"]]
+        self.elite = None if state["elite"] is None else Genome.from_bytes(bytes.fromhex(state["elite"]))
         self.elite_score, self.archive = state["elite_score"], state["archive"]
 
     def _settings(self) -> dict[str, Any]:
