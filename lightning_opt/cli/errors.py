@@ -66,7 +66,7 @@ def culprit(error: Exception) -> BaseException:
         cause = cause.__cause__
     if not isinstance(cause, (ValueError, MisconfigurationException)):
         return cause
-    return UserError(f"{_builder(cause)}: {cause}".removeprefix(": "))
+    return UserError(_strategy_name(str(cause)) or f"{_builder(cause)}: {cause}".removeprefix(": "))
 
 
 def sentence(error: Exception) -> str:
@@ -89,6 +89,18 @@ def import_class(class_path: str) -> Any:
     """
     module, _, name = class_path.rpartition(".")
     return getattr(import_module(module), name)
+
+
+def _strategy_name(message: str) -> str:
+    """What is wrong with the name of a strategy, which Lightning answers with a few of its own; else ``""``."""
+    from lightning.pytorch.strategies import StrategyRegistry
+
+    match = re.search(r"invalid strategy name: `strategy='([^']*)'`", message)
+    if not match:
+        return ""
+    names = sorted(StrategyRegistry.available_strategies())
+    hint = did_you_mean(_nearest(match[1], names)) or f" There are {', '.join(names)}."
+    return f"trainer.strategy: there is no strategy named {match[1]!r}.{hint}"
 
 
 def _builder(error: BaseException) -> str:

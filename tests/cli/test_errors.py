@@ -27,6 +27,8 @@ WORDS = {
     "--trainer.max_epochs=abc": "trainer.max_epochs must be a whole number or null; got 'abc'.",
     "--trainer.precision=17": "trainer.precision must be one of 64, 32, 16, 'transformer-engine'",
     "--trainer.accelerator=gppu": "invalid accelerator name: `accelerator='gppu'`. Available names are",
+    "--trainer.strategy=ddp_ef22": "trainer.strategy: there is no strategy named 'ddp_ef22'. Did you mean ddp_ef21",
+    "--trainer.strategy=xyz": "trainer.strategy: there is no strategy named 'xyz'. There are cbo, ",
     "--trainer.callbacks=RunReprt": "trainer.callbacks: there is no Callback named 'RunReprt'. Did you mean RunReport",
     "--model=Clasifier": "model: there is no LightningModule named 'Clasifier'. Did you mean Classifier?",
     "--model.net=MPL": "model.net: there is no class named 'MPL'. Did you mean MLP?",
