@@ -21,8 +21,9 @@ def find_blocks(module: nn.Module, block: str | nn.Module | None, who: str) -> d
         MisconfigurationException: If there is none, or not this one.
     """
     # what torch.compile wraps is the block, and its wrapper has the same attributes
-    found = {_plain(name): m for name, m in module.named_modules() if is_block(m) and not hasattr(m, "_orig_mod")}
-    block = getattr(block, "_orig_mod", block)
+    found = {_plain(name): m for name, m in module.named_modules() if is_block(m) and _uncompiled(m) is m}
+    if isinstance(block, nn.Module):
+        block = _uncompiled(block)
     have = f"{type(module).__name__} has {', '.join(map(repr, found)) or 'none'}"
     if block is None:
         if not found:
@@ -41,6 +42,11 @@ def find_blocks(module: nn.Module, block: str | nn.Module | None, who: str) -> d
         if candidate is block:
             return {name: candidate}
     raise MisconfigurationException(f"{who}: the {type(block).__name__} given is no block of the module; {have}")
+
+
+def _uncompiled(module: nn.Module) -> nn.Module:
+    """What ``torch.compile`` wraps, or the module itself."""
+    return dict(module.named_children()).get("_orig_mod", module)
 
 
 def _plain(name: str) -> str:

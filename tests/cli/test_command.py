@@ -27,7 +27,7 @@ def test_version(capsys) -> None:
 
 def test_an_unknown_command_offers_the_nearest(capsys) -> None:
     assert main(["recipe", "list"]) == 2
-    assert "there is no command 'recipe'. Did you mean recipes or refine?" in capsys.readouterr().err
+    assert "there is no command 'recipe'. Did you mean recipes?" in capsys.readouterr().err
 
 
 def test_a_registered_command_gets_its_words_and_gives_the_status() -> None:
