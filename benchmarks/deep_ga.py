@@ -2,6 +2,7 @@
 
     python benchmarks/deep_ga.py digits maze targets throughput    # some of the parts, in this order; default: all
     python benchmarks/deep_ga.py --draw                            # only the picture
+    python benchmarks/deep_ga.py --film runs/atari/deep_ga         # a strip of the elite that a run of the recipe found
 
 digits: the strategy on scikit-learn's digits, MLP 64-16-10, population 200, truncation 20, sigma 0.05, 150
 generations, three seeds. maze: ``DeceptiveMaze``, population 100, truncation 20, sigma 0.1, at most 200 generations,
@@ -23,13 +24,16 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import yaml
 from _fits import quiet_trainer
 from _runner import machine_record, paired_times, ratio_summary, read_result, write_result
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lightning_opt.cli.errors import import_class
+from lightning_opt.cli.runs import checkpoint_of
 from lightning_opt.data import Digits
-from lightning_opt.models import MLP, Classifier
+from lightning_opt.models import MLP, Classifier, GymnasiumPolicy
 from lightning_opt.solvers.deep_ga import (
     DeceptiveMaze,
     GenomeDecoder,
@@ -41,6 +45,7 @@ from lightning_opt.solvers.deep_ga import (
 from lightning_opt.strategies import DeepGAStrategy
 
 PICTURE = Path(__file__).parents[1] / "docs" / "methods" / "img" / "deep-neuroevolution.png"
+FILM = PICTURE.with_name("deep-neuroevolution-frostbite.png")
 PARTS = ("digits", "maze", "targets", "throughput")
 GENERATIONS = 150
 MAZE = {"population": 100, "truncation": 20, "mutation_power": 0.1, "vectorized": True, "chunk_size": 100}
@@ -51,10 +56,15 @@ POPULATION, TRUNCATION = 100, 20
 
 
 def main() -> None:
+    """Measure the parts, write, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--draw", action="store_true", help="only draw the picture from the results on file")
+    parser.add_argument("--film", metavar="RUN", help="only draw an episode of an Atari run's elite")
     options = parser.parse_args()
+    if options.film:
+        film(options.film)
+        return
     torch.set_num_threads(1)
     for part in [] if options.draw else options.parts or PARTS:
         begin = time.process_time()
@@ -64,6 +74,24 @@ def main() -> None:
         write_result("deep_ga", {**old, part: {**result, **stamp}})
         print(part, {name: value for name, value in result.items() if name not in ("runs", "curves", "trails")})
     draw()
+
+
+def film(run: str) -> None:
+    """Eight moments of an episode that the elite of ``lightning-opt fit --config atari/deep_ga`` plays."""
+    import matplotlib.pyplot as plt
+
+    checkpoint = checkpoint_of(Path(run))
+    model = yaml.safe_load((checkpoint.parents[1] / "config.yaml").read_text())["model"]["init_args"]
+    net = import_class(model["net"]["class_path"])(**model["net"]["init_args"])
+    policy = GymnasiumPolicy(**{**model, "net": net})
+    policy.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
+    pictures = policy.film(seed=0)
+    figure, places = plt.subplots(1, len(pictures), figsize=(1.6 * len(pictures), 2.1), layout="constrained")
+    for place, picture in zip(places, pictures, strict=True):
+        place.imshow(picture)
+        place.axis("off")
+    figure.savefig(FILM, dpi=80)
+    policy.teardown("")
 
 
 # --- digits ---
