@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
 import numpy as np
 import pytest
 
-# Lightning and scikit-learn set these while they run; they are put back after each test.
+# Lightning, scikit-learn and gymnasium set these while they run; they are put back after each test.
 _SET_BY_LIBRARIES = {
     "CUBLAS_WORKSPACE_CONFIG",
     "CUDA_MODULE_LOADING",
@@ -27,6 +27,7 @@ _SET_BY_LIBRARIES = {
     "OMP_NUM_THREADS",
     "PL_GLOBAL_SEED",
     "PL_SEED_WORKERS",
+    "PYGAME_HIDE_SUPPORT_PROMPT",
     "PYTORCH_NVML_BASED_CUDA_CHECK",
     "RANK",
     "TORCHELASTIC_USE_AGENT_STORE",
