@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NoReturn
 
 import lightning.pytorch as pl
 import torch
@@ -104,6 +104,8 @@ class CompressedDDPStrategy(DDPStrategy):
         assert isinstance(self.model, DistributedDataParallel)
         self.state = None
         if self.world_size == 1:
+            if self._loaded is not None and self.on_world_size_change == "raise":
+                self._refuse(self._loaded["shared"]["world_size"])
             rank_zero_warn(
                 f"{type(self).__name__} has one rank and nobody to send gradients to: it trains as DDP does, without"
                 " compression."
@@ -127,17 +129,20 @@ class CompressedDDPStrategy(DDPStrategy):
             elif self.on_world_size_change == "mean":
                 local = mean_local_state(shared, ranks)
             else:
-                raise MisconfigurationException(
-                    f"the checkpoint was written by {shared['world_size']} ranks, this run has {self.world_size}, and"
-                    f" each rank of {type(self).__name__} remembers something of its own. Resume with as many ranks, or"
-                    " with on_world_size_change='mean', by which every rank begins with the mean."
-                )
+                self._refuse(shared["world_size"])
             try:
                 state.load(shared, local, self.lightning_module.named_parameters())
             except ValueError as error:
                 raise MisconfigurationException(f"{type(self).__name__} cannot resume: {error}") from error
         self._warn_if_useless(state)
         return state
+
+    def _refuse(self, ranks: int) -> NoReturn:
+        raise MisconfigurationException(
+            f"the checkpoint was written by {ranks} ranks, this run has {self.world_size}, and"
+            f" each rank of {type(self).__name__} remembers something of its own. Resume with as many ranks, or"
+            " with on_world_size_change='mean', by which every rank begins with the mean."
+        )
 
     def _loss_scale(self) -> Callable[[], Tensor] | None:
         scaler = getattr(self.precision_plugin, "scaler", None)

@@ -471,6 +471,26 @@ def test_one_rank_is_warned_and_trains_as_ddp_does():
     torch.distributed.destroy_process_group()
 
 
+def test_one_rank_does_not_forget_in_silence_what_several_remembered(tmp_path):
+    def trainer(**options):
+        strategy = EF21Strategy(TopK(0.1), **options)
+        return pl.Trainer(strategy=strategy, devices=1, max_epochs=2, logger=False, enable_checkpointing=False, **QUIET)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of one rank
+        saved = trainer()
+        saved.fit(Small(), classes_loader(0))
+        saved.save_checkpoint(tmp_path / "two.ckpt")
+        content = torch.load(tmp_path / "two.ckpt", weights_only=True)
+        torch.save({**content, "compression": {"shared": {"world_size": 2}, "ranks": [{}, {}]}}, tmp_path / "two.ckpt")
+        with pytest.raises(
+            MisconfigurationException, match="written by 2 ranks, this run has 1, and each rank of EF21"
+        ):
+            trainer().fit(Small(), classes_loader(0), ckpt_path=tmp_path / "two.ckpt")
+        trainer(on_world_size_change="mean").fit(Small(), classes_loader(0), ckpt_path=tmp_path / "two.ckpt")
+    torch.distributed.destroy_process_group()
+
+
 def test_a_hook_beside_ours_is_refused():
     for name, value in (("ddp_comm_hook", print), ("ddp_comm_state", 1), ("ddp_comm_wrapper", print)):
         with pytest.raises(ValueError, match=f"{name} must be None, got .*EF21Strategy is a communication hook itself"):
